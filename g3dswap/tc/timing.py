@@ -1,0 +1,120 @@
+"""Measured time of a call on a device: cold-enough data, the median, few repeats.
+
+Every run is preceded by reading a buffer larger than the nearest cache that survives between two
+calls (a core's L2 on a CPU, the L2 of a GPU).  Inside a network a layer's operands do not sit in
+that cache either: the layers before it have just streamed through it.  The read is a PyTorch
+kernel, so on a CPU it also hands the cores over from PyTorch's thread pool, as in a network, and on
+a GPU it keeps the device busy while the host launches the call, so that launch time is not counted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+Sampler = Callable[[Call], float]
+
+_L2_OF_A_CORE = 2 << 20  # bytes, where the machine does not say
+_L2_FILE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A measured time: `seconds` is the median of `repeats` runs.
+
+    `spread` is half the interquartile range over the median (0 for fewer than three runs).
+    """
+
+    seconds: float
+    spread: float
+    repeats: int
+
+
+def summarize(samples: Sequence[float]) -> Timing:
+    """The `Timing` of some runs, each in seconds; at least one."""
+    median = statistics.median(samples)
+    if len(samples) < 3 or median <= 0:
+        return Timing(median, 0.0, len(samples))
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(median, (high - low) / 2 / median, len(samples))
+
+
+def measure(
+    call: Call,
+    sample: Sampler,
+    seconds: float,
+    *,
+    above: float | None = None,
+    min_repeats: int = 3,
+    max_repeats: int = 50,
+) -> Timing:
+    """Run `call` repeatedly for about `seconds`, each run timed by `sample`.
+
+    The first run is a warm-up and is not counted, unless it alone uses up the budget.  `above`
+    gives up early: a call that is slower than that in its first two runs is not measured further.
+    """
+    start = time.perf_counter()
+    first = sample(call)
+    if first >= seconds:
+        return Timing(first, 0.0, 1)
+    if above is not None and first > above:
+        second = sample(call)
+        if second > above:
+            return Timing(min(first, second), 0.0, 2)
+    samples: list[float] = []
+    while len(samples) < max_repeats:
+        samples.append(sample(call))
+        if len(samples) >= min_repeats and time.perf_counter() - start >= seconds:
+            break
+    return summarize(samples)
+
+
+def sampler(device: str) -> Sampler:
+    """The function that times one cold run of a call on `device` ("cpu" or "cuda"), in seconds."""
+    return _cuda_sampler() if device == "cuda" else _cpu_sampler()
+
+
+def _cpu_sampler() -> Sampler:
+    # PyTorch splits the sum evenly over its threads: each core reads twice its own L2.
+    flush = torch.zeros(2 * l2_bytes() * torch.get_num_threads() // 4, dtype=torch.float32)
+
+    def sample(call: Call) -> float:
+        flush.sum()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return sample
+
+
+def _cuda_sampler() -> Sampler:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    # Four times the cache, so that the read also outlasts the host's launch of the call.
+    count = 4 * max(int(getattr(properties, "L2_cache_size", 0)), 32 << 20) // 4
+    flush = torch.zeros(count, dtype=torch.float32, device="cuda")
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def sample(call: Call) -> float:
+        flush.sum()
+        before.record()
+        call()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
+
+    return sample
+
+
+def l2_bytes(file: Path = _L2_FILE) -> int:
+    """The size of one core's L2 cache as the system states it; 2 MiB where it does not."""
+    try:
+        text = file.read_text().strip()
+        return int(text.removesuffix("K")) << 10 if text.endswith("K") else int(text)
+    except (OSError, ValueError):
+        return _L2_OF_A_CORE
