@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,7 +64,13 @@ class Checkpoint:
         if self.module is not None:
             return self.module.state_dict()
         entries = {k: v for k, v in self.weights.items() if _is_weight(k, v) and k.startswith(self.prefix)}
-        return {k[len(self.prefix) :]: v for k, v in entries.items()}
+        state = OrderedDict((k[len(self.prefix) :], v) for k, v in entries.items())
+        versions = getattr(self.weights, "_metadata", None)  # by which PyTorch loads old layouts
+        if versions is not None:
+            names = {f"{name}."[len(self.prefix) :].rstrip("."): name for name in versions}
+            kept = {k: versions[name] for k, name in names.items() if f"{name}.".startswith(self.prefix)}
+            state._metadata = kept  # type: ignore[attr-defined]
+        return state
 
     def fit(self, keys: Iterable[str]) -> Checkpoint:
         """The same checkpoint with the prefix under which most of a model's ``keys`` are found.
@@ -110,7 +117,7 @@ def write(
     if checkpoint.module is not None:
         if not isinstance(content, nn.Module):
             raise CheckpointError(
-                f"{checkpoint.path} holds a whole module, so a module must be written, no state_dict"
+                f"{checkpoint.path} holds a whole module, so a module must be written, no state_dict."
             )
         weights: Any = content
     else:
@@ -141,7 +148,7 @@ def _locate(path: Path, payload: Any, key: str | None) -> tuple[str, ...]:
         return ()
     if not isinstance(payload, Mapping):
         raise CheckpointError(
-            f"{path} holds a {type(payload).__name__}, no state_dict; save model.state_dict() instead"
+            f"{path} holds a {type(payload).__name__}, no state_dict; save model.state_dict() instead."
         )
     known = [k for k in KNOWN_KEYS if _holds_weights(payload.get(k))]
     if len(known) == 1:
@@ -161,15 +168,15 @@ def _locate_key(path: Path, payload: Any, key: str) -> tuple[str, ...]:
             return nesting
     offers = _candidates(payload)
     offer = f"the keys that hold weights are {', '.join(offers)}" if offers else "leave --key out"
-    raise CheckpointError(f"{path} has no weights under --key {key}; {offer}")
+    raise CheckpointError(f"{path} has no weights under --key {key}; {offer}.")
 
 
 def _ask_for_key(path: Path, offers: list[str]) -> str:
     if not offers:
-        return f"{path} holds no tensors that could be a state_dict; save model.state_dict() instead"
+        return f"{path} holds no tensors that could be a state_dict; save model.state_dict() instead."
     if len(offers) == 1:
-        return f"{path} has its weights under an unknown key; pass --key {offers[0]} if that is the model's"
-    return f"{path} has weights under several keys ({', '.join(offers)}); choose one with --key"
+        return f"{path} has its weights under an unknown key; pass --key {offers[0]} if that is the model's."
+    return f"{path} has weights under several keys ({', '.join(offers)}); choose one with --key."
 
 
 def _candidates(payload: Any, depth: int = _SEARCH_DEPTH) -> list[str]:

@@ -32,7 +32,7 @@ def load(path: Path, *, trust: bool) -> tuple[Container, Any, dict[str, str] | N
     """What a checkpoint file is, all it holds, and its safetensors metadata. Raises CheckpointError."""
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
         what = "a directory" if path.is_dir() else "no regular file"
-        raise CheckpointError(f"{path} is {what}; give one checkpoint file")
+        raise CheckpointError(f"{path} is {what}; give one checkpoint file.")
     try:
         with open(path, "rb") as file:
             container = _sniff(path, file)
@@ -41,9 +41,9 @@ def load(path: Path, *, trust: bool) -> tuple[Container, Any, dict[str, str] | N
                 return container, *_load_safetensors(path)
             return container, (_load_trusted if trust else _load_safely)(path, file), None
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; give the path of a checkpoint file") from None
+        raise CheckpointError(f"{path} does not exist; give the path of a checkpoint file.") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def save(
@@ -64,18 +64,18 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Raise CheckpointError now if ``path`` could not be written later; else return it as a Path."""
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"{path} is a directory; give the name of a file to write")
+        raise CheckpointError(f"{path} is a directory; give the name of a file to write.")
     if path.exists() and not path.is_file():  # replacing a device such as /dev/null would break the machine
-        raise CheckpointError(f"{path} is no regular file; give the name of a file to write")
+        raise CheckpointError(f"{path} is no regular file; give the name of a file to write.")
     if not path.parent.is_dir():
         raise CheckpointError(
-            f"{path} cannot be written: there is no directory {path.parent}; create it first"
+            f"{path} cannot be written: there is no directory {path.parent}; create it first."
         )
     if not force and os.path.lexists(path):
-        raise CheckpointError(f"{path} exists already; pass --force (force=True) to replace it")
+        raise CheckpointError(f"{path} exists already; pass --force (force=True) to replace it.")
     if not os.access(path.resolve().parent, os.W_OK | os.X_OK):
         raise CheckpointError(
-            f"{path} cannot be written: the directory {path.resolve().parent} is read-only for you"
+            f"{path} cannot be written: the directory {path.resolve().parent} is read-only for you."
         )
     return path
 
@@ -101,11 +101,11 @@ def atomic_write(
             _publish(temporary, target)
         _sync_directory(target.parent)
     except FileExistsError:
-        raise CheckpointError(f"{path} exists already; pass --force (force=True) to replace it") from None
+        raise CheckpointError(f"{path} exists already; pass --force (force=True) to replace it.") from None
     except (OSError, RuntimeError, pickle.PicklingError, AttributeError, TypeError) as error:
         # PyTorch's zip writer reports a full disk as a RuntimeError; the rest is for what cannot be pickled.
         raise CheckpointError(
-            f"{path} cannot be written: {_first_line(error)}; nothing was changed"
+            f"{path} cannot be written: {_first_line(error)}; nothing was changed."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -139,7 +139,7 @@ def _sniff(path: Path, file: IO[bytes]) -> Container:
     head = file.read(4096)
     size = os.fstat(file.fileno()).st_size
     if not head:
-        raise CheckpointError(f"{path} is empty; copy or download it again")
+        raise CheckpointError(f"{path} is empty; copy or download it again.")
     if head.startswith(b"PK\x03\x04"):
         return _sniff_zip(path, file)
     if head.startswith(_LEGACY_MAGIC):
@@ -147,9 +147,9 @@ def _sniff(path: Path, file: IO[bytes]) -> Container:
     header = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and header <= _SAFETENSORS_HEADER_LIMIT:
         if size < 8 + header:
-            raise CheckpointError(f"{path} is a truncated safetensors file; copy or download it again")
+            raise CheckpointError(f"{path} is a truncated safetensors file; copy or download it again.")
         return "safetensors"
-    raise CheckpointError(f"{path} is {_describe(head)}")
+    raise CheckpointError(f"{path} is {_describe(head)}.")
 
 
 def _sniff_zip(path: Path, file: IO[bytes]) -> Container:
@@ -158,21 +158,21 @@ def _sniff_zip(path: Path, file: IO[bytes]) -> Container:
             names = {name.partition("/")[2] for name in archive.namelist()}
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         raise CheckpointError(
-            f"{path} is truncated or damaged (a zip archive without its end); copy or download it again"
+            f"{path} is truncated or damaged (a zip archive without its end); copy or download it again."
         ) from None
     if "constants.pkl" in names:
         raise CheckpointError(
             f"{path} is a TorchScript archive, whose layers cannot be replaced; "
-            "save the state_dict of the Python model instead"
+            "save the state_dict of the Python model instead."
         )
     if names & {"archive_format", "models/model.json", "serialized_exported_program.json"}:
         raise CheckpointError(
             f"{path} is a torch.export program, whose layers cannot be replaced; "
-            "save the state_dict of the Python model instead"
+            "save the state_dict of the Python model instead."
         )
     if "data.pkl" not in names:
         raise CheckpointError(
-            f"{path} is a zip archive that torch.save did not write; give the checkpoint file itself"
+            f"{path} is a zip archive that torch.save did not write; give the checkpoint file itself."
         )
     return "zip"
 
@@ -208,7 +208,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | N
     except safetensors.SafetensorError as error:
         raise CheckpointError(
             f"{path} is a truncated or damaged safetensors file ({_first_line(error)}); "
-            "copy or download it again"
+            "copy or download it again."
         ) from None
 
 
@@ -223,7 +223,7 @@ def _load_safely(path: Path, file: IO[bytes]) -> Any:
         if isinstance(error, pickle.UnpicklingError) and found:
             raise CheckpointError(
                 f"{path} holds the pickled object {found[1]}, and unpickling it can run any code; "
-                "pass --trust (trust=True) only if you trust where the file comes from"
+                "pass --trust (trust=True) only if you trust where the file comes from."
             ) from None
         raise _damaged(path, error) from None
 
@@ -234,7 +234,7 @@ def _load_trusted(path: Path, file: IO[bytes]) -> Any:
     except (ImportError, AttributeError) as error:
         raise CheckpointError(
             f"{path} needs code that is not here ({_first_line(error)}); "
-            "run this where the classes of its objects can be imported"
+            "run this where the classes of its objects can be imported."
         ) from error
     except OSError:
         raise
@@ -247,7 +247,7 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
         "" if isinstance(error, pickle.UnpicklingError) else f": {_first_line(error)}"
     )  # a page of advice
     return CheckpointError(
-        f"{path} is truncated or damaged ({type(error).__name__}{reason}); copy or download it again"
+        f"{path} is truncated or damaged ({type(error).__name__}{reason}); copy or download it again."
     )
 
 

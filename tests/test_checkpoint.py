@@ -116,6 +116,23 @@ def test_state_dict_metadata_is_kept(tmp_path: Path) -> None:
     assert load(tmp_path / "out")["model"]._metadata == model.state_dict()._metadata  # type: ignore[attr-defined]
 
 
+def test_old_layouts_are_loaded_as_pytorch_loads_them(tmp_path: Path) -> None:
+    """Before version 2, BatchNorm had no ``num_batches_tracked``."""
+    model = Net()
+    state = wrap(model.state_dict(), "module.")
+    del state["module.norm.num_batches_tracked"]
+    versions = {"": {}, "module": {}, "module.conv": {"version": 1}, "module.norm": {"version": 1}}
+    state._metadata = versions  # type: ignore[attr-defined]
+    torch.save(state, tmp_path / "in")
+    read = checkpoint.read(tmp_path / "in")
+    assert read.state_dict._metadata == {"": {}, "conv": {"version": 1}, "norm": {"version": 1}}  # type: ignore
+    model.load_state_dict(read.state_dict)
+    state._metadata["module.norm"]["version"] = 2  # type: ignore[attr-defined]
+    torch.save(state, tmp_path / "in")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(checkpoint.read(tmp_path / "in").state_dict)
+
+
 def test_only_changed_weights_are_written_anew(tmp_path: Path) -> None:
     model = Net()
     torch.save({"epoch": 7, "state_dict": wrap(model.state_dict(), "module.")}, tmp_path / "in")
@@ -192,9 +209,9 @@ def test_fit_keeps_a_prefix_that_is_the_models_own(tmp_path: Path) -> None:
 def test_key_chooses_and_may_be_dotted(tmp_path: Path) -> None:
     first, second = Net().state_dict(), Net().state_dict()
     torch.save({"nets": {"g": first, "d.x": second}, "a.b": second, "ema": first}, tmp_path / "in")
-    assert bits(checkpoint.read(tmp_path / "in", key="nets.g").state_dict) == bits(dict(first))
+    assert bits(checkpoint.read(tmp_path / "in", key="nets.g").state_dict) == bits(first)
     read = checkpoint.read(tmp_path / "in", key="a.b")
-    assert bits(read.state_dict) == bits(dict(second))
+    assert bits(read.state_dict) == bits(second)
     checkpoint.write(tmp_path / "out", read, first)
     assert bits(load(tmp_path / "out")["a.b"]) == bits(load(tmp_path / "in")["ema"])
     assert bits(load(tmp_path / "out")["nets"]) == bits(load(tmp_path / "in")["nets"])
@@ -207,8 +224,8 @@ def refusal(path: Path, **options: Any) -> str:
     message = str(caught.value)
     assert message.startswith(f"{path} ")
     assert "\n" not in message
-    assert not message.endswith(".")
-    return message.removeprefix(f"{path} ")
+    assert message.endswith(".")
+    return message.removeprefix(f"{path} ").removesuffix(".")
 
 
 @pytest.mark.parametrize(
@@ -417,7 +434,7 @@ def small(tmp_path: Path) -> checkpoint.Checkpoint:
 def test_existing_files_are_kept_without_force(tmp_path: Path, small: checkpoint.Checkpoint) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(
-        CheckpointError, match=r"out exists already; pass --force \(force=True\) to replace it$"
+        CheckpointError, match=r"out exists already; pass --force \(force=True\) to replace it\.$"
     ):
         checkpoint.write(tmp_path / "out", small, {"w": torch.zeros(3)})
     assert (tmp_path / "out").read_text() == "mine"
@@ -488,7 +505,7 @@ def test_a_failed_write_leaves_nothing(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     if isinstance(failure, OSError):
         assert str(caught.value).endswith(
-            "out cannot be written: [Errno 28] No space left on device; nothing was changed"
+            "out cannot be written: [Errno 28] No space left on device; nothing was changed."
         )
 
 
@@ -497,18 +514,18 @@ def test_a_module_that_cannot_be_pickled(tmp_path: Path) -> None:
     read = checkpoint.read(tmp_path / "in", trust=True)
     model = nn.ReLU()
     model.register_forward_hook(lambda *_: None)
-    with pytest.raises(CheckpointError, match=r"out cannot be written: .*; nothing was changed$"):
+    with pytest.raises(CheckpointError, match=r"out cannot be written: .*; nothing was changed\.$"):
         checkpoint.write(tmp_path / "out", read, model)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match=r"is a directory; give the name of a file to write$"):
+    with pytest.raises(CheckpointError, match=r"is a directory; give the name of a file to write\.$"):
         containers.check_output(tmp_path, force=True)
-    with pytest.raises(CheckpointError, match=r"there is no directory .*none; create it first$"):
+    with pytest.raises(CheckpointError, match=r"there is no directory .*none; create it first\.$"):
         containers.check_output(tmp_path / "none" / "out")
-    with pytest.raises(CheckpointError, match=r"is no regular file; give the name of a file to write$"):
+    with pytest.raises(CheckpointError, match=r"is no regular file; give the name of a file to write\.$"):
         containers.check_output("/dev/null", force=True)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(CheckpointError, match=r"the directory .* is read-only for you$"):
+    with pytest.raises(CheckpointError, match=r"the directory .* is read-only for you\.$"):
         containers.check_output(tmp_path / "out")
