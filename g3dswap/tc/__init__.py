@@ -1,0 +1,1 @@
+"""Tensor comprehensions: notation, loop nests, schedules, printers, tuner and options cache."""
