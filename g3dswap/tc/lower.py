@@ -1,0 +1,100 @@
+"""From a comprehension with concrete sizes and strides to an unscheduled nest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..errors import NotationError
+from .nest import Access, Axis, Index, Nest, Tensor, verify
+from .ranges import affine, bind
+from .syntax import Binary, Comprehension, Expr, Ref, Statement
+
+
+def lower(
+    comprehension: Comprehension,
+    sizes: Mapping[str, int],
+    strides: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    *,
+    batch: str | None = None,
+    precision: str = "ieee",
+) -> Nest:
+    """The nest of a comprehension: a contraction, and sums added to its result.
+
+    Args:
+        sizes: the value of every size but `batch`.
+        strides: of every tensor, in elements; with `dtype` they replace the notation's own types.
+        batch: the size that is known at run time only; the index over it is not to be shifted.
+        precision: "ieee" or "tf32", what a matrix unit may do with float32 factors.
+
+    Raises:
+        NotationError: statements of another form than `+=!` of a product, then sums added to it.
+        RangeError: see `ranges.bind`.
+    """
+    bound = bind(comprehension, {**sizes, **({batch: 1} if batch else {})})
+    first, *rest = comprehension.statements
+    if first.op != "+=!":
+        raise NotationError(f"'{first}' does not begin with '+=!', which a nest needs; write the contraction first.")
+    ranges = bound.ranges[0]
+    known = {name: 1 for name in (batch,) if name} | dict(sizes)
+
+    def access(ref: Ref) -> Access:
+        indices = []
+        for expr in ref.indices:
+            terms, offset, divisor = affine(expr, known, ranges)
+            offset += sum(c * ranges[a][0] for a, c in terms.items())
+            indices.append(Index(tuple(sorted(terms.items())), offset, divisor))
+        return Access(ref.tensor, tuple(indices))
+
+    dims = {p.name: p.dims for p in comprehension.params}
+    batch_axes = {
+        name
+        for ref in first.reads()
+        for name, dim in zip(map(str, ref.indices), dims[ref.tensor])
+        if batch is not None and dim == batch
+    }
+    output = access(first.target)
+    parallel = output.axes
+    axes = tuple(
+        Axis(name, None if name in batch_axes else hi - lo, name not in parallel) for name, (lo, hi) in ranges.items()
+    )
+    tensors = []
+    for name in (*dims, first.target.tensor):
+        shape: tuple[int | None, ...] = bound.tensors[name]
+        marks = dims[name] if name in dims else tuple(batch if str(i) in batch_axes else 0 for i in first.target.indices)
+        shape = tuple(None if batch is not None and mark == batch else e for mark, e in zip(marks, shape))
+        tensors.append(Tensor(name, shape, strides[name], dtype))
+    return verify(
+        Nest(
+            comprehension.name,
+            tuple(tensors),
+            axes,
+            output,
+            tuple(access(ref) for ref in _product(first.value, first)),
+            tuple(access(ref) for statement in rest for ref in _addends(statement, first.target)),
+            precision=precision,
+        ).unscheduled()
+    )
+
+
+def _product(expr: Expr, statement: Statement) -> list[Ref]:
+    if isinstance(expr, Ref):
+        return [expr]
+    if isinstance(expr, Binary) and expr.op == "*":
+        return _product(expr.left, statement) + _product(expr.right, statement)
+    raise NotationError(f"'{expr}' in '{statement}' is not a product of tensors; a nest contracts a product.")
+
+
+def _sum(expr: Expr, statement: Statement) -> list[Ref]:
+    if isinstance(expr, Ref):
+        return [expr]
+    if isinstance(expr, Binary) and expr.op == "+":
+        return _sum(expr.left, statement) + _sum(expr.right, statement)
+    raise NotationError(f"'{expr}' in '{statement}' is not a sum of tensors; an epilogue adds to the result.")
+
+
+def _addends(statement: Statement, target: Ref) -> list[Ref]:
+    refs = _sum(statement.value, statement)
+    if statement.target != target or statement.op == "+=!" or (statement.op == "=" and refs.count(target) != 1):
+        raise NotationError(f"'{statement}' does not add to {target}; an epilogue is '{target} = {target} + ...'.")
+    return [ref for ref in refs if ref != target or statement.op != "="]

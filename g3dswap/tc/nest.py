@@ -1,0 +1,351 @@
+"""The loop-nest IR: one contraction, the loops that run it, and the buffers it is staged through.
+
+The whole grammar::
+
+    nest    ::= output(index, ...) += factor * factor     the contraction, over all axes
+                output(index, ...) += addend + ...        the epilogue, once the reductions are done
+                with axes, fused axes, loops, stages
+    axis    ::= name in [0, extent), parallel or reduce   extent None: the batch, known at run time
+    fused   ::= name = (axis, ...)                        row-major flattening; inner extents may be padded
+    index   ::= (sum coefficient * axis + offset) / divisor
+                an inexact division or an index outside its tensor makes the whole term zero
+    loop    ::= axis-digit = step * [0, count)  bind      grid | serial | unroll | lanes | rows | cols | depth
+    stage   ::= tensor inside loops[:level]               copy the footprint of the inner loops to a buffer
+
+An axis's value is the sum of its digits.  Digits may overshoot the extent (the product of counts is a
+multiple of the tile); such iterations contribute nothing and store nothing.  `unroll`, `lanes` and the
+three axes of a matrix product form the register tile, and all of them stand at the end of `loops`; an
+`unroll` further out repeats the code.  An unscheduled nest has one serial loop for each axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from ..errors import NestError
+
+BINDS = ("grid", "serial", "unroll", "lanes", "rows", "cols", "depth")
+TILE_BINDS = ("unroll", "lanes", "rows", "cols", "depth")
+VECTOR_BINDS = ("lanes", "rows", "cols", "depth")
+
+
+@dataclass(frozen=True)
+class Axis:
+    name: str
+    extent: int | None
+    reduce: bool = False
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Axes flattened row-major into one; `extents` are the parts' extents, padded but for the first."""
+
+    name: str
+    parts: tuple[str, ...]
+    extents: tuple[int, ...]
+
+    @property
+    def extent(self) -> int:
+        return math.prod(self.extents)
+
+    def weight(self, part: str) -> int:
+        """How far the flat index moves when `part` moves by one."""
+        return math.prod(self.extents[self.parts.index(part) + 1 :])
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in memory: extents (None: the batch) and strides, both in elements."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Index:
+    terms: tuple[tuple[str, int], ...]
+    offset: int = 0
+    divisor: int = 1
+
+    def coefficient(self, axis: str) -> int:
+        return dict(self.terms).get(axis, 0)
+
+    @property
+    def axes(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.terms)
+
+    def is_axis(self, axis: str) -> bool:
+        """Whether the index is that axis and nothing else."""
+        return self.terms == ((axis, 1),) and self.offset == 0 and self.divisor == 1
+
+    def __str__(self) -> str:
+        text = " + ".join(name if c == 1 else f"{c}*{name}" for name, c in self.terms)
+        if self.offset or not text:
+            text = f"{text} {'-' if self.offset < 0 else '+'} {abs(self.offset)}" if text else str(self.offset)
+        return text if self.divisor == 1 else f"({text})/{self.divisor}"
+
+
+@dataclass(frozen=True)
+class Access:
+    tensor: str
+    indices: tuple[Index, ...]
+
+    @property
+    def axes(self) -> frozenset[str]:
+        return frozenset().union(*(index.axes for index in self.indices))
+
+    def __str__(self) -> str:
+        return f"{self.tensor}({', '.join(map(str, self.indices))})"
+
+
+@dataclass(frozen=True)
+class Loop:
+    axis: str
+    count: int | None
+    step: int
+    bind: str
+
+    def __str__(self) -> str:
+        count = "batch" if self.count is None else str(self.count)
+        return f"{self.bind:<6} {self.axis} += {self.step} * [0, {count})"
+
+
+@dataclass(frozen=True)
+class Stage:
+    tensor: str
+    level: int
+
+
+@dataclass(frozen=True)
+class Nest:
+    name: str
+    tensors: tuple[Tensor, ...]
+    axes: tuple[Axis, ...]
+    output: Access
+    factors: tuple[Access, ...]
+    addends: tuple[Access, ...] = ()
+    loops: tuple[Loop, ...] = ()
+    fused: tuple[Fused, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    precision: str = "ieee"
+    _by_name: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._by_name.update({("tensor", t.name): t for t in self.tensors})
+        self._by_name.update({("axis", a.name): a for a in self.axes})
+        self._by_name.update({("fused", f.name): f for f in self.fused})
+        self._by_name.update({("part", p): f for f in self.fused for p in f.parts})
+
+    def tensor(self, name: str) -> Tensor:
+        return self._by_name["tensor", name]  # type: ignore[return-value, index]
+
+    def axis(self, name: str) -> Axis:
+        return self._by_name["axis", name]  # type: ignore[return-value, index]
+
+    def fused_axis(self, name: str) -> Fused | None:
+        return self._by_name.get(("fused", name))  # type: ignore[return-value, call-overload]
+
+    def fusion_of(self, part: str) -> Fused | None:
+        """The fused axis that `part` is a part of."""
+        return self._by_name.get(("part", part))  # type: ignore[return-value, call-overload]
+
+    def extent(self, name: str) -> int | None:
+        """The extent of an axis or a fused axis."""
+        fused = self.fused_axis(name)
+        return fused.extent if fused else self.axis(name).extent
+
+    def is_reduce(self, name: str) -> bool:
+        fused = self.fused_axis(name)
+        return self.axis(fused.parts[0] if fused else name).reduce
+
+    def covers(self, name: str) -> int | None:
+        """How many values the digits of an axis run over, overshoot included."""
+        counts = [loop.count for loop in self.loops if loop.axis == name]
+        return None if None in counts else math.prod(c for c in counts if c is not None)
+
+    def overshoots(self, name: str) -> bool:
+        extent, covers = self.extent(name), self.covers(name)
+        return extent is not None and covers is not None and covers > extent
+
+    @property
+    def accesses(self) -> tuple[Access, ...]:
+        return (*self.factors, *self.addends, self.output)
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The input tensors, in the order in which a kernel takes them."""
+        return tuple(t.name for t in self.tensors if t.name != self.output.tensor)
+
+    @property
+    def tile_start(self) -> int:
+        """Where the register tile begins: the loops from here on are unrolled or lanes."""
+        start = len(self.loops)
+        while start and self.loops[start - 1].bind in TILE_BINDS:
+            start -= 1
+        return start
+
+    @property
+    def accumulate_from(self) -> int:
+        """The level at which accumulators live: only reductions and the register tile are inside."""
+        level = self.tile_start
+        while level and self.is_reduce(self.loops[level - 1].axis) and self.loops[level - 1].bind == "serial":
+            level -= 1
+        return level
+
+    @property
+    def partial_loops(self) -> tuple[int, ...]:
+        """The reduction loops that are mapped to the grid; each of their steps makes a partial result."""
+        return tuple(i for i, p in enumerate(self.loops) if p.bind == "grid" and self.is_reduce(p.axis))
+
+    def stage_of(self, tensor: str) -> Stage | None:
+        return next((s for s in self.stages if s.tensor == tensor), None)
+
+    def unscheduled(self) -> Nest:
+        loops = tuple(Loop(a.name, a.extent, 1, "serial") for a in self.axes)
+        return replace(self, loops=loops, fused=(), stages=(), _by_name={})
+
+    def __str__(self) -> str:
+        lines = [f"nest {self.name}"]
+        for t in self.tensors:
+            shape = "x".join("batch" if e is None else str(e) for e in t.shape)
+            lines.append(f"  tensor {t.name}: {t.dtype} {shape} strides {t.strides}")
+        for a in self.axes:
+            extent = "batch" if a.extent is None else str(a.extent)
+            lines.append(f"  axis {a.name} in [0, {extent}) {'reduce' if a.reduce else 'parallel'}")
+        for f in self.fused:
+            lines.append(f"  fused {f.name} = ({', '.join(f'{p}:{e}' for p, e in zip(f.parts, f.extents))})")
+        indent = "  "
+        for level in range(len(self.loops) + 1):
+            lines.extend(f"{indent}stage {s.tensor}" for s in self.stages if s.level == level)
+            if level < len(self.loops):
+                lines.append(f"{indent}{self.loops[level]}")
+                indent += " "
+        lines.append(f"{indent}{self.output} += {' * '.join(map(str, self.factors))}")
+        lines.extend(f"  {self.output} += {addend}" for addend in self.addends)
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear form over named symbols (loop variables, opaque run-time expressions)."""
+
+    const: int = 0
+    terms: tuple[tuple[str, int], ...] = ()
+
+    @staticmethod
+    def of(const: int, terms: Iterable[tuple[str, int]]) -> Linear:
+        total: dict[str, int] = {}
+        for symbol, coefficient in terms:
+            total[symbol] = total.get(symbol, 0) + coefficient
+        return Linear(const, tuple(sorted((s, c) for s, c in total.items() if c)))
+
+    def __add__(self, other: Linear | int) -> Linear:
+        if isinstance(other, int):
+            return Linear(self.const + other, self.terms)
+        return Linear.of(self.const + other.const, (*self.terms, *other.terms))
+
+    def __sub__(self, other: Linear) -> Linear:
+        return self + other * -1
+
+    def __mul__(self, factor: int) -> Linear:
+        return Linear.of(self.const * factor, ((s, c * factor) for s, c in self.terms))
+
+    def coefficient(self, symbol: str) -> int:
+        return dict(self.terms).get(symbol, 0)
+
+    def without(self, symbol: str) -> Linear:
+        return Linear(self.const, tuple((s, c) for s, c in self.terms if s != symbol))
+
+    def bounds(self, counts: Mapping[str, int]) -> tuple[int, int]:
+        """The smallest and largest value when each symbol runs over [0, counts[symbol])."""
+        low = high = self.const
+        for symbol, coefficient in self.terms:
+            reach = coefficient * (counts[symbol] - 1)
+            low, high = low + min(reach, 0), high + max(reach, 0)
+        return low, high
+
+    def __str__(self) -> str:
+        parts = [s if c == 1 else f"{s}*{c}" for s, c in self.terms]
+        if self.const or not parts:
+            parts.append(str(self.const))
+        return " + ".join(parts)
+
+
+def digits(nest: Nest, axis: str) -> Linear:
+    """The value of an axis (or fused axis) as a linear form over the loop variables `v<i>`."""
+    return Linear.of(0, ((f"v{i}", p.step) for i, p in enumerate(nest.loops) if p.axis == axis))
+
+
+def verify(nest: Nest) -> Nest:
+    """Check every invariant of the IR and return the nest; NestError is a defect of the pass before."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise NestError(f"{nest.name}: {message}.")
+
+    names = [a.name for a in nest.axes]
+    require(len(set(names)) == len(names), f"axis names {names} are not distinct")
+    for access in nest.accesses:
+        require(("tensor", access.tensor) in nest._by_name, f"unknown tensor {access.tensor}")
+        rank = len(nest.tensor(access.tensor).shape)
+        require(len(access.indices) == rank, f"{access} does not have {rank} indices")
+        for index in access.indices:
+            require(index.axes <= set(names), f"{access} uses an axis that is not one of {names}")
+            require(index.divisor > 0, f"{access} divides by {index.divisor}")
+    for index in nest.output.indices:
+        require(len(index.terms) == 1 and index.is_axis(index.terms[0][0]), f"output index {index} is no axis")
+    for access in nest.accesses[len(nest.factors) :]:
+        require(not any(nest.axis(a).reduce for a in access.axes), f"{access} depends on a reduction")
+    parallel = {a.name for a in nest.axes if not a.reduce}
+    require(nest.output.axes == parallel, "the output is not indexed by exactly the parallel axes")
+    fused_parts = [p for f in nest.fused for p in f.parts]
+    require(len(set(fused_parts)) == len(fused_parts), "an axis is fused twice")
+    for fused in nest.fused:
+        require(len({nest.axis(p).reduce for p in fused.parts}) == 1, f"{fused.name} mixes kinds of axes")
+        for part, extent in zip(fused.parts, fused.extents):
+            own = nest.axis(part).extent
+            require(own is not None and extent >= own, f"{fused.name} cuts or flattens the batch in {part}")
+    _verify_loops(nest, [a for a in names if a not in fused_parts], require)
+    return nest
+
+
+def _verify_loops(nest: Nest, plain: list[str], require) -> None:  # type: ignore[no-untyped-def]
+    looped = {loop.axis for loop in nest.loops}
+    require(looped == {*plain, *(f.name for f in nest.fused)}, f"loops over {sorted(looped)} miss or repeat axes")
+    for name in looped:
+        own = [loop for loop in nest.loops if loop.axis == name]
+        if nest.extent(name) is None:
+            require(len(own) == 1 and own[0].count is None and own[0].step == 1, f"the batch axis {name} is split")
+            require(own[0].bind in ("grid", "serial"), f"the batch axis {name} is bound to {own[0].bind}")
+            continue
+        span = 1
+        for loop in sorted(own, key=lambda p: p.step):
+            require(loop.count is not None and loop.count > 0, f"a loop over {name} has count {loop.count}")
+            require(loop.step == span or loop.count == 1, f"the digits of {name} overlap or leave gaps")
+            span *= loop.count or 1
+        extent = nest.extent(name)
+        require(extent is not None and span >= extent, f"the digits of {name} reach {span} of {extent}")
+    for i, loop in enumerate(nest.loops):
+        require(loop.bind in BINDS, f"unknown bind {loop.bind}")
+        require(loop.bind not in VECTOR_BINDS or i >= nest.tile_start, f"{loop.bind} outside the register tile")
+        require(loop.bind != "grid" or all(p.bind == "grid" for p in nest.loops[:i]), "grid inside another loop")
+        inside = nest.accumulate_from <= i < nest.tile_start
+        reduces = nest.is_reduce(loop.axis)
+        require(
+            not reduces or inside or loop.bind == "grid" or i >= nest.tile_start,
+            f"the reduction over {loop.axis} runs outside a parallel loop",
+        )
+        if reduces and nest.extent(loop.axis) is not None and nest.covers(loop.axis) != nest.extent(loop.axis):
+            fused = nest.fused_axis(loop.axis)
+            guarded = {i.terms[0][0] for a in nest.factors for i in a.indices if len(i.terms) == 1 and i.divisor == 1}
+            require(set(fused.parts if fused else [loop.axis]) <= guarded, f"nothing ends the reduction {loop.axis}")
+    for stage in nest.stages:
+        require(stage.tensor in {a.tensor for a in (*nest.factors, nest.output)}, f"{stage.tensor} is not staged")
+        last = nest.accumulate_from if stage.tensor == nest.output.tensor else nest.tile_start
+        first = sum(loop.bind == "grid" for loop in nest.loops)
+        require(first <= stage.level <= last, f"{stage.tensor} is staged at level {stage.level}, not {first}..{last}")
+    require(len({s.tensor for s in nest.stages}) == len(nest.stages), "a tensor is staged twice")

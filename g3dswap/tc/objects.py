@@ -1,0 +1,69 @@
+"""The private folder of compiled objects: content-addressed, owned by the user, verified before loading."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from ..errors import CompileError
+from .cache import default_directory
+
+
+def folder() -> Path:
+    """Where compiled objects lie; made with mode 0700.
+
+    CompileError: the folder belongs to somebody else or others may write to it, so that what is in it
+    could be anybody's code.
+    """
+    path = default_directory() / "objects"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = path.stat()
+        probe = tempfile.TemporaryFile(dir=path)
+        probe.close()
+    except OSError:
+        return _private()
+    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise CompileError(
+            f"compiled objects are not loaded from {path}, which others may write to; "
+            f"run chmod 700 on it or name another folder in G3DSWAP_CACHE_DIR."
+        )
+    return path
+
+
+def digest(*texts: str) -> str:
+    """The name of an object: a hash of all that it is made from."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
+
+
+_temporary: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def _private() -> Path:
+    """A folder for this process alone, where the cache folder cannot be written."""
+    if not _temporary:
+        _temporary.append(tempfile.TemporaryDirectory(prefix="g3dswap-"))
+    return Path(_temporary[0].name)
+
+
+def seal(path: Path) -> None:
+    """Write the content hash of a finished object beside it."""
+    _seal_path(path).write_text(_hash(path))
+
+
+def intact(path: Path) -> bool:
+    """Whether an object is there and is what was sealed."""
+    try:
+        return _seal_path(path).read_text() == _hash(path)
+    except OSError:
+        return False
+
+
+def _seal_path(path: Path) -> Path:
+    return path.with_suffix(path.suffix + ".sha256")
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

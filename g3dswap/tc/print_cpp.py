@@ -1,0 +1,441 @@
+"""Prints a scheduled nest as C++ with vector extensions and OpenMP.
+
+Grid loops become one parallel loop over tasks, lanes one vector register, `unroll` straight-line code in
+which equal loads are made once, stages copies to a scratch buffer of the thread.  Half types are widened to
+float on the way in and rounded on the way out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import ScheduleError
+from .buffers import Buffer, Flat, Row, Source, make_buffer
+from .nest import Access, Linear, Nest
+from .place import Env, Guard, Place, Placer, resolve
+from .prelude_cpp import PRELUDE
+
+MEMORY_TYPES = {"float32": "float", "float64": "double", "bfloat16": "bf16", "float16": "half"}
+MAX_TERMS = 3000
+MAX_ACCUMULATORS = 128
+MAX_VECTOR_BYTES = 64
+
+
+def print_cpp(nest: Nest) -> str:
+    """The source text of a kernel.
+
+    It exports ``int run(const void* const* operands, void* out, int64_t batch, int threads)``, which
+    returns nonzero when there is no memory for its buffers.
+
+    ScheduleError: the schedule has no meaning for this target (two lane axes, a matrix unit, a gather).
+    """
+    return _Printer(nest).print()
+
+
+class _Printer:
+    def __init__(self, nest: Nest) -> None:
+        self.nest = nest
+        binds = [loop.bind for loop in nest.loops]
+        if {"rows", "cols", "depth"} & set(binds) or binds.count("lanes") > 1:
+            raise ScheduleError(f"C++ has one axis of lanes and no matrix unit, not [{', '.join(binds)}].")
+        self.dtype = nest.tensors[0].dtype
+        self.compute = "double" if self.dtype == "float64" else "float"
+        self.width = next((p.count or 1 for p in nest.loops if p.bind == "lanes"), 1)
+        size = self.width * (8 if self.compute == "double" else 4)
+        if size > MAX_VECTOR_BYTES or self.width & (self.width - 1):
+            raise ScheduleError(f"{self.width} lanes of {self.compute} are no vector of up to {MAX_VECTOR_BYTES} bytes.")
+        self.buffers = {s.tensor: make_buffer(nest, s) for s in nest.stages}
+        self.placer = Placer(nest, self.buffers)
+        self.lines: list[str] = []
+        self.depth = 1
+        self.names = 0
+        self.lane_reduces = any(p.bind == "lanes" and nest.is_reduce(p.axis) for p in nest.loops)
+
+    # Text
+
+    def emit(self, line: str) -> None:
+        self.lines.append("  " * self.depth + line)
+
+    @contextmanager
+    def block(self, head: str) -> Iterator[None]:
+        self.emit(f"{head} {{")
+        self.depth += 1
+        yield
+        self.depth -= 1
+        self.emit("}")
+
+    def fresh(self, prefix: str) -> str:
+        self.names += 1
+        return f"{prefix}{self.names}"
+
+    def print(self) -> str:
+        nest = self.nest
+        grid = [i for i, loop in enumerate(nest.loops) if loop.bind == "grid"]
+        counts = {i: "batch" if nest.loops[i].count is None else str(nest.loops[i].count) for i in grid}
+        for i, name in enumerate(nest.operands):
+            memory = MEMORY_TYPES[self.dtype]
+            self.emit(f"const {memory}* __restrict const {name} = (const {memory}*)operands[{i}];")
+        out_type = self.compute if nest.partial_loops else MEMORY_TYPES[self.dtype]
+        self.emit(f"{out_type}* __restrict const {nest.output.tensor} = ({out_type}*)out;")
+        self.emit(f"const int64_t tasks = {' * '.join(['(int64_t)1', *(counts[i] for i in grid)])};")
+        self.emit("int failed = 0;")
+        self.emit("#pragma omp parallel num_threads(threads) if (threads > 1)")
+        with self.block(""):
+            self.scratch()
+            self.emit("#pragma omp for schedule(dynamic) nowait")
+            with self.block("for (int64_t task = 0; task < tasks; ++task)"):
+                if self.buffers:
+                    self.emit("if (!scratch) continue;")
+                self.emit("int64_t rest = task;")
+                for i in reversed(grid):
+                    self.emit(f"const int64_t v{i} = rest % {counts[i]}; rest /= {counts[i]};")
+                self.partial(counts)
+                self.level(len(grid), {})
+            if self.buffers:
+                self.emit("free(scratch);")
+        self.emit("return failed;")
+        head = f"// {nest.name}\n" + "".join(f"// {line}\n" for line in str(nest).splitlines()[1:])
+        prelude = PRELUDE.replace("@TYPE@", self.compute).replace("@WIDTH@", str(self.width))
+        signature = "extern \"C\" int run(const void* const* operands, void* out, int64_t batch, int threads) {"
+        return "\n".join([head + prelude, signature, *self.lines, "}", ""])
+
+    def scratch(self) -> None:
+        """One allocation a thread for all buffers, each on its own cache line."""
+        if not self.buffers:
+            return
+        offset = 0
+        places = []
+        for name, buffer in self.buffers.items():
+            places.append(f"{self.compute}* __restrict const {name}_buffer = scratch + {offset};")
+            offset += -(-buffer.size // 64) * 64 + 64
+        size = -(-offset * (8 if self.compute == "double" else 4) // 64) * 64
+        self.emit(f"{self.compute}* const scratch = ({self.compute}*)aligned_alloc(64, {size});")
+        self.emit("if (!scratch) failed = 1;")
+        self.lines.extend("    " + p for p in places)
+
+    def partial(self, counts: dict[int, str]) -> None:
+        """Each step of a reduction over the grid writes a result of its own."""
+        if not self.nest.partial_loops:
+            return
+        number = "(int64_t)0"
+        for i in self.nest.partial_loops:
+            number = f"({number} * {counts[i]} + v{i})"
+        shape = self.nest.tensor(self.nest.output.tensor).shape
+        size = " * ".join("batch" if e is None else str(e) for e in shape)
+        self.emit(f"const int64_t partial = {number};")
+        self.emit(f"const int64_t shift = partial * ((int64_t){size});")
+
+    # Loops
+
+    def level(self, i: int, env: Env) -> None:
+        nest = self.nest
+        for stage in nest.stages:
+            if stage.level == i and stage.tensor != nest.output.tensor:
+                self.copy(self.buffers[stage.tensor], env, out=False)
+        if i == nest.accumulate_from:
+            self.declare_accumulators(env)
+        if i == nest.tile_start:
+            self.tile(env)
+        else:
+            self.loop(i, env)
+        if i == nest.accumulate_from:
+            self.store(env)
+        stage_out = nest.stage_of(nest.output.tensor)
+        if stage_out is not None and stage_out.level == i:
+            self.copy(self.buffers[nest.output.tensor], env, out=True)
+
+    def loop(self, i: int, env: Env) -> None:
+        loop = self.nest.loops[i]
+        if loop.bind == "unroll" or loop.count == 1:
+            for value in range(loop.count or 1):
+                with self.block(""):
+                    self.level(i + 1, {**env, f"v{i}": value})
+            return
+        count = "batch" if loop.count is None else str(loop.count)
+        with self.block(f"for (int64_t v{i} = 0; v{i} < {count}; ++v{i})"):
+            self.level(i + 1, env)
+
+    # Stages
+
+    def copy(self, buffer: Buffer, env: Env, out: bool) -> None:
+        """Fill a buffer with the tensor's footprint, zero where the tensor ends; or write it back."""
+        phases = [self.fresh("p") for _ in buffer.split]
+        with self.block(""):
+            for name, source in zip(phases, buffer.split):
+                self.emit(f"for (int64_t {name} = 0; {name} < {source.phases}; ++{name})")
+            with self.block(""):
+                offset = "0"
+                for name, source in zip(phases, buffer.split):
+                    offset = f"({offset}) * {source.phases} + {name}"
+                self.emit(f"{self.compute}* buf = {buffer.tensor.name}_buffer + ({offset}) * {buffer.block};")
+                by_dim = {source.dim: name for name, source in zip(phases, buffer.split)}
+                memory = self.compute if out and self.nest.partial_loops else MEMORY_TYPES[self.dtype]
+                shift = " + shift" if out and self.nest.partial_loops else ""
+                self.emit(f"{'' if out else 'const '}{memory}* mem = {buffer.tensor.name}{shift};")
+                self.copy_rows(buffer, 0, by_dim, env, out)
+
+    def copy_rows(self, buffer: Buffer, r: int, phase: dict[int, str], env: Env, out: bool) -> None:
+        row = buffer.rows[r]
+        last = r == len(buffer.rows) - 1
+        stride = buffer.strides[r]
+        if isinstance(row, Flat):
+            self.copy_flat(buffer, row, phase, env, out)
+            return
+        source = row.source
+        extent = buffer.tensor.shape[source.dim]
+        memory_stride = buffer.tensor.strides[source.dim]
+        first = self.first(source, phase, env)
+        if last:
+            self.copy_run(first, source.phases, extent, memory_stride, str(row.extent), out)
+            return
+        j = self.fresh("j")
+        with self.block(f"for (int64_t {j} = 0; {j} < {row.extent}; ++{j})"):
+            index = self.fresh("x")
+            self.emit(f"const int64_t {index} = {first} + {j} * {source.phases};")
+            inside = "true" if extent is None else f"(uint64_t){index} < {extent}u"
+            with self.block(f"if ({inside})"), self.moved(f"{j} * {stride}", f"{index} * {memory_stride}"):
+                self.copy_rows(buffer, r + 1, phase, env, out)
+            if not out:
+                self.emit(f"else fill_zero(buf + {j} * {stride}, {stride});")
+
+    @contextmanager
+    def moved(self, place: str, step: str) -> Iterator[None]:
+        """A scope in which `buf` and `mem` point further on."""
+        b, m = self.fresh("b"), self.fresh("m")
+        self.emit(f"auto* {b} = buf + {place}; auto* {m} = mem + {step};")
+        with self.block(""):
+            self.emit(f"auto* buf = {b}; auto* mem = {m};")
+            yield
+
+    def copy_run(self, first: str, phases: int, extent: int | None, stride: int, count: str, out: bool) -> None:
+        """The innermost dimension: elements `first + j * phases` of the tensor, j < count."""
+        limit = "batch" if extent is None else str(extent)
+        call = "write_run" if out else "read_run"
+        self.emit(f"{call}<{stride}, {phases}>(buf, mem, {first}, {limit}, {count});")
+
+    def copy_flat(self, buffer: Buffer, row: Flat, phase: dict[int, str], env: Env, out: bool) -> None:
+        """Runs of the last part between two carries of the flat index."""
+        extents = row.fused.extents
+        pitch = extents[-1]
+        flat, run = self.fresh("x"), self.fresh("n")
+        self.emit(f"const int64_t {flat}_end = ({resolve(row.base, env)}) + {row.extent};")
+        with self.block(f"for (int64_t {flat} = {resolve(row.base, env)}, {run}; {flat} < {flat}_end; {flat} += {run})"):
+            column = f"{flat} % {pitch}" if len(extents) > 1 else flat
+            self.emit(f"const int64_t {flat}_c = {column};")
+            rest = f"{pitch} - {flat}_c" if len(extents) > 1 else f"{flat}_end - {flat}"
+            self.emit(f"{run} = {rest} < {flat}_end - {flat} ? {rest} : {flat}_end - {flat};")
+            inside, step = ["true"], ["0"]
+            for position, source in enumerate(row.parts[:-1]):
+                if source is None:
+                    continue
+                value = f"{flat} / {row.fused.weight(row.fused.parts[position])}"
+                if position:
+                    value = f"({value}) % {extents[position]}"
+                index = self.fresh("x")
+                self.emit(f"const int64_t {index} = {self.first(source, phase, env)} + ({value}) * {source.phases};")
+                inside.append(f"(uint64_t){index} < {buffer.tensor.shape[source.dim]}u")
+                step.append(f"{index} * {buffer.tensor.strides[source.dim]}")
+            place = f"({flat} - ({resolve(row.base, env)}))"
+            with self.block(f"if ({' && '.join(inside)})"), self.moved(place, " + ".join(step)):
+                self.flat_run(buffer, row, f"{flat}_c", run, phase, env, out)
+            if not out:
+                self.emit(f"else fill_zero(buf + {place}, {run});")
+
+    def first(self, source: Source, phase: dict[int, str], env: Env) -> str:
+        return f"({resolve(source.base, env)}){' + ' + phase[source.dim] if source.dim in phase else ''}"
+
+    def flat_run(
+        self, buffer: Buffer, row: Flat, column: str, run: str, phase: dict[int, str], env: Env, out: bool
+    ) -> None:
+        source = row.parts[-1]
+        if source is None:
+            # The tensor is not indexed by the last part: its one element serves the whole run.
+            self.emit(f"for (int64_t j = 0; j < {run}; ++j) buf[j] = widen(mem[0]);")
+            return
+        extent, stride = buffer.tensor.shape[source.dim], buffer.tensor.strides[source.dim]
+        first = f"{self.first(source, phase, env)} + {column} * {source.phases}"
+        self.copy_run(first, source.phases, extent, stride, run, out)
+
+    # The register tile
+
+    def tile_points(self, env: Env) -> Iterator[Env]:
+        loops = [(i, p) for i, p in enumerate(self.nest.loops) if i >= self.nest.tile_start and p.bind == "unroll"]
+        for values in itertools.product(*(range(p.count or 1) for _, p in loops)):
+            yield {**env, **{f"v{i}": v for (i, _), v in zip(loops, values)}}
+
+    def accumulator(self, point: Env) -> tuple[int, ...]:
+        return tuple(
+            point[f"v{i}"]
+            for i, p in enumerate(self.nest.loops)
+            if i >= self.nest.tile_start and p.bind == "unroll" and not self.nest.is_reduce(p.axis)
+        )
+
+    def accumulators(self, env: Env) -> dict[tuple[int, ...], Env]:
+        """One point of the tile for each accumulator that is stored somewhere."""
+        found: dict[tuple[int, ...], Env] = {}
+        for point in self.tile_points(env):
+            key = self.accumulator(point)
+            if key not in found and self.placer.place(self.nest.output, point) is not None:
+                found[key] = point
+        return found
+
+    def name(self, key: tuple[int, ...]) -> str:
+        return "_".join(["a", *map(str, key)])
+
+    def declare_accumulators(self, env: Env) -> None:
+        keys = self.accumulators(env)
+        size = math.prod(p.count or 1 for p in self.nest.loops[self.nest.tile_start :] if p.bind == "unroll")
+        if len(keys) > MAX_ACCUMULATORS or size > MAX_TERMS:
+            raise ScheduleError(f"a register tile of {len(keys)} accumulators and {size} terms is too large.")
+        if keys:
+            self.emit("V " + ", ".join(f"{self.name(k)} = {{}}" for k in keys) + ";")
+
+    def tile(self, env: Env) -> None:
+        keys = self.accumulators(env)
+        terms: list[tuple[tuple[int, ...], list[Place]]] = []
+        for point in self.tile_points(env):
+            key = self.accumulator(point)
+            places = [self.placer.place(f, point) for f in self.nest.factors]
+            if key in keys and all(p is not None for p in places):
+                terms.append((key, [p for p in places if p is not None]))
+        if not terms:
+            return
+        distinct = [len({places[f] for _, places in terms}) for f in range(len(self.nest.factors))]
+        lanes = [any(places[f].lanes for _, places in terms) for f in range(len(self.nest.factors))]
+        stream = max(range(len(distinct)), key=lambda f: (lanes[f], distinct[f]))
+        interior = self.interior([p for _, places in terms for p in places])
+        if interior is None:
+            self.terms(terms, stream, guarded=True)
+        elif interior == "true":
+            self.terms(terms, stream, guarded=False)
+        else:
+            with self.block(f"if ({interior})"):
+                self.terms(terms, stream, guarded=False)
+            with self.block("else"):
+                self.terms(terms, stream, guarded=True)
+
+    def interior(self, places: list[Place]) -> str | None:
+        """The condition under which no guard of the tile is needed; None if there is no such form."""
+        spans: dict[tuple[tuple[tuple[str, int], ...], int], tuple[int, int]] = {}
+        for place in places:
+            if place.exact:
+                return None
+            bounds = [(g.value.terms, g.extent, g.value.const, g.value.const) for g in place.guards]
+            if place.tail is not None:
+                end = place.tail.start.const + self.width - 1
+                bounds.append((place.tail.start.terms, place.tail.extent, place.tail.start.const, end))
+            for terms, extent, low, high in bounds:
+                old = spans.get((terms, extent), (low, high))
+                spans[terms, extent] = (min(low, old[0]), max(high, old[1]))
+        conditions = []
+        for (terms, extent), (low, high) in sorted(spans.items()):
+            value = Linear(0, terms)
+            bottom, top = value.bounds(self.placer.counts)
+            if bottom + low < 0:
+                conditions.append(f"{value} >= {-low}")
+            if top + high >= extent:
+                conditions.append(f"{value} < {extent - high}")
+        return " && ".join(conditions) or "true"
+
+    def terms(self, terms: list[tuple[tuple[int, ...], list[Place]]], stream: int, guarded: bool) -> None:
+        """Loads and multiply-adds, each streamed load followed by all that uses it."""
+        pointers: dict[tuple[str, tuple[tuple[str, int], ...]], str] = {}
+        for _, places in terms:
+            for place in places:
+                origin = (place.tensor, place.address.terms)
+                if origin not in pointers:
+                    pointers[origin] = self.fresh("q")
+                    self.pointer(pointers[origin], place)
+        held: dict[Place, str] = {}
+        for _, places in terms:
+            for f, place in enumerate(places):
+                if f != stream and place not in held:
+                    held[place] = self.fresh("k")
+                    self.load(held[place], place, pointers, guarded)
+        uses: dict[Place, list[tuple[tuple[int, ...], list[str]]]] = {}
+        for key, places in terms:
+            others = [held[p] for f, p in enumerate(places) if f != stream]
+            uses.setdefault(places[stream], []).append((key, others))
+        ordered = sorted(uses, key=lambda p: (p.address.terms, p.address.const))
+        for condition, group in itertools.groupby(ordered, key=lambda p: self.condition(p) if guarded else "true"):
+            with self.block("" if condition == "true" else f"if ({condition})"):
+                for place in group:
+                    name = self.fresh("x")
+                    self.load(name, place, pointers, guarded and place.tail is not None, conditional=False)
+                    for key, others in uses[place]:
+                        self.emit(f"{self.name(key)} += {' * '.join([name, *others])};")
+
+    def pointer(self, name: str, place: Place) -> None:
+        shift = Linear(0, place.address.terms)
+        self.emit(f"const auto* {name} = {self.memory(place.tensor)} + ({shift});")
+
+    def memory(self, tensor: str) -> str:
+        return f"{tensor}_buffer" if tensor in self.buffers else tensor
+
+    def condition(self, place: Place) -> str:
+        conditions = [self.guard(g) for g in place.guards]
+        conditions += [f"({value}) % {divisor} == 0" for value, divisor in place.exact]
+        return " && ".join(conditions) or "true"
+
+    def guard(self, guard: Guard) -> str:
+        return f"(uint64_t)({guard.value}) < {guard.extent}u"
+
+    def load(
+        self,
+        name: str,
+        place: Place,
+        pointers: dict[tuple[str, tuple[tuple[str, int], ...]], str],
+        guarded: bool,
+        conditional: bool = True,
+    ) -> None:
+        address = f"{pointers[place.tensor, place.address.terms]} + {place.address.const}"
+        kind = "V" if place.lanes else "T"
+        value = f"widen(*({address}))"
+        if place.lanes:
+            value = f"load({address})"
+            if guarded and place.tail is not None:
+                value = f"load_tail({address}, {place.tail.extent} - ({place.tail.start}))"
+        condition = self.condition(place) if guarded and conditional else "true"
+        if condition != "true":
+            value = f"({condition}) ? {value} : {kind}{{}}"
+        self.emit(f"const {kind} {name} = {value};")
+
+    # Results
+
+    def store(self, env: Env) -> None:
+        for key, point in self.accumulators(env).items():
+            place = self.placer.place(self.nest.output, point)
+            assert place is not None
+            condition = self.condition(place)
+            with self.block("" if condition == "true" else f"if ({condition})"):
+                self.store_one(self.name(key), place, point)
+
+    def store_one(self, name: str, place: Place, point: Env) -> None:
+        shift = " + shift" if self.nest.partial_loops and place.tensor not in self.buffers else ""
+        address = f"{self.memory(place.tensor)} + ({place.address}){shift}"
+        for addend in self.nest.addends:
+            self.add(name, addend, point)
+        if not place.lanes:
+            value = f"sum({name})" if self.lane_reduces else f"first({name})"
+            self.emit(f"narrow({address}, {value});")
+        elif place.tail is not None:
+            self.emit(f"store_tail({address}, {name}, {place.tail.extent} - ({place.tail.start}));")
+        else:
+            self.emit(f"store({address}, {name});")
+
+    def add(self, name: str, addend: Access, point: Env) -> None:
+        if self.lane_reduces:
+            raise ScheduleError("a sum over lanes cannot have an epilogue in C++; give the lanes a parallel axis.")
+        place = self.placer.place(addend, point)
+        if place is None:
+            return
+        origin = (place.tensor, place.address.terms)
+        pointer, value = self.fresh("q"), self.fresh("b")
+        self.pointer(pointer, place)
+        self.load(value, place, {origin: pointer}, guarded=True)
+        once = "partial == 0 ? " if self.nest.partial_loops else ""
+        otherwise = (" : V{}" if place.lanes else " : T(0)") if once else ""
+        self.emit(f"{name} += {once}{value}{otherwise};")

@@ -1,0 +1,236 @@
+"""The schedules worth trying for a nest in C++.
+
+A schedule of this target is a `Point`: what the lanes run along, the order of the outer loops, how many of
+them are parallel tasks, the register tile and the staged tensors.  Families are the choices that decide
+whether a kernel exists at all (lanes and staged tensors); within a family the cost model climbs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..errors import ScheduleError
+from .model_cpp import cost
+from .nest import Nest
+from .schedule import Digit, Schedule, apply, fused_name
+
+MAX_TERMS = 700
+MAX_ACCUMULATORS = 32
+SIDE = 7
+"""An axis of up to this extent (the side of a kernel) may be unrolled whole."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """lanes: the axes under the lanes; width: their number.  order: the loops outside the register tile,
+    of which the first `grid` are parallel.  tile: unroll counts, a number of vectors for the lanes' axis.
+    stages: (tensor, how many loops of `order` are outside it)."""
+
+    lanes: tuple[str, ...]
+    width: int
+    order: tuple[str, ...]
+    grid: int
+    tile: tuple[tuple[str, int], ...]
+    stages: tuple[tuple[str, int], ...] = ()
+
+    def schedule(self, nest: Nest) -> Schedule:
+        name = fused_name(self.lanes)
+        digits = [Digit(a, None, "grid" if i < self.grid else "serial") for i, a in enumerate(self.order)]
+        digits += [Digit(a, c, "unroll") for a, c in self.tile if c > 1]
+        if self.width > 1:
+            digits.append(Digit(name, self.width, "lanes"))
+        digits += [Digit(a, p, "unroll", True) for a, p in phases(nest).items()]
+        return Schedule(tuple(digits), (self.lanes,) if len(self.lanes) > 1 else (), self.stages)
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Point:
+        """The inverse of `schedule`."""
+        order = tuple(d.axis for d in schedule.digits if d.count is None)
+        grid = sum(d.bind == "grid" for d in schedule.digits)
+        tile = tuple((d.axis, d.count or 1) for d in schedule.digits if d.bind == "unroll" and not d.phase)
+        lanes = next((d for d in schedule.digits if d.bind == "lanes"), None)
+        name = lanes.axis if lanes else order[-1]
+        parts = next((g for g in schedule.fuse if fused_name(g) == name), (name,))
+        return cls(parts, lanes.count or 1 if lanes else 1, order, grid, tile, schedule.stage)
+
+
+def phases(nest: Nest) -> dict[str, int]:
+    """The parallel axes that an exact division splits into phases, with their numbers."""
+    found: dict[str, int] = {}
+    for factor in nest.factors:
+        for index in factor.indices:
+            if index.divisor > 1:
+                own = (a for a, c in index.terms if not nest.axis(a).reduce and c % index.divisor)
+                found.update(dict.fromkeys(own, index.divisor))
+    return found
+
+
+def lane_axes(nest: Nest) -> list[tuple[str, ...]]:
+    """What lanes can run along: any axis but the batch, or neighbours that lie as one in some tensor."""
+    split = phases(nest)
+    found: list[tuple[str, ...]] = [(a.name,) for a in nest.axes if a.extent is not None and a.extent > 1]
+    for access in nest.accesses:
+        strides = nest.tensor(access.tensor).strides
+        pure = [
+            (i.terms[0][0], s)
+            for i, s in zip(access.indices, strides)
+            if len(i.terms) == 1 and i.is_axis(i.terms[0][0]) and nest.extent(i.terms[0][0]) is not None
+        ]
+        pure = [(a, s) for a, s in pure if nest.extent(a) != 1 and a not in split]
+        for begin, end in itertools.combinations(range(len(pure) + 1), 2):
+            run = pure[begin:end]
+            joined = all(s == t * (nest.extent(b) or 1) for (_, s), (b, t) in zip(run, run[1:]))
+            if 2 <= len(run) <= 3 and joined and len({nest.is_reduce(a) for a, _ in run}) == 1:
+                found.append(tuple(a for a, _ in run))
+    return list(dict.fromkeys(found)) or [(nest.axes[-1].name,)]
+
+
+def width_of(nest: Nest, lanes: tuple[str, ...]) -> int:
+    """A full vector, or the narrower one that a short axis fills."""
+    full = 8 if nest.tensors[0].dtype == "float64" else 16
+    extent = math.prod(nest.extent(a) or 1 for a in lanes)
+    while full > 1 and full // 2 >= extent:
+        full //= 2
+    return full
+
+
+def orders(nest: Nest, lanes: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
+    """Loop orders, each with its number of parallel loops: the batch and enough axes for the cores, then the
+    parallel axes, then the reductions."""
+    names = list(dict.fromkeys(fused_name(lanes) if a.name in lanes else a.name for a in nest.axes))
+    extents = {n: math.prod(nest.extent(a) or 1 for a in (lanes if n == fused_name(lanes) else (n,))) for n in names}
+    parallel = [n for n in names if not nest.is_reduce(n.split("*")[0])]
+    reduce = [n for n in names if n not in parallel]
+    # The channel axes come first in every tensor of the product, so the second of them is the one
+    # that may go inside the image's loops, where one staged image serves all of its steps.
+    batch = [n for n in parallel if n != fused_name(lanes) and nest.extent(n) is None]
+    others = [n for n in parallel if n not in batch]
+    found = []
+    for count in range(min(len(others), 3) + 1):
+        grid = batch + others[:count]
+        rest = others[count:]
+        for order in dict.fromkeys([tuple(rest), tuple(rest[1:2] + rest[:1] + rest[2:]), tuple(rest[1:] + rest[:1])]):
+            found.append(((*grid, *order, *reduce), len(grid)))
+    tasks = [math.prod(extents[n] for n in order[:grid]) for order, grid in found]
+    enough = [f for f, t in zip(found, tasks) if t >= 2]
+    return enough or found
+
+
+def tile_choices(nest: Nest, axis: str, lanes: tuple[str, ...], width: int) -> list[int]:
+    """Unroll counts to try for one axis of the tile."""
+    if axis == fused_name(lanes):
+        vectors = -(-math.prod(nest.extent(a) or 1 for a in lanes) // width)
+        return [c for c in (1, 2, 3, 4, 6, 8) if c <= max(1, vectors)]
+    extent = nest.extent(axis)
+    if extent is None:
+        return [1]
+    split = -(-extent // phases(nest).get(axis, 1))
+    choices = {c for c in (1, 2, 3, 4, 6, 8, 12, 16) if c <= split}
+    return sorted(choices | ({split} if split <= SIDE else set()))
+
+
+def stage_sets(nest: Nest) -> Iterator[tuple[str, ...]]:
+    names = [*dict.fromkeys(f.tensor for f in nest.factors), nest.output.tensor]
+    for size in range(len(names) + 1):
+        yield from itertools.combinations(names, size)
+
+
+def start(nest: Nest, lanes: tuple[str, ...], staged: tuple[str, ...]) -> Point | None:
+    """A legal point of a family, or None where the family has none."""
+    width = width_of(nest, lanes)
+    small = [(a.name, a.extent) for a in nest.axes if a.reduce and a.extent and 1 < a.extent <= SIDE and a.name not in lanes]
+    for order, grid in orders(nest, lanes):
+        for tile in (small, small[-2:], small[-1:], []):
+            point = Point(lanes, width, order, grid, tuple(tile), tuple((t, grid) for t in staged))
+            if math.prod(c for _, c in tile) <= MAX_TERMS and evaluate(nest, point, 2) is not None:
+                return point
+    return None
+
+
+def evaluate(nest: Nest, point: Point, threads: int) -> float | None:
+    """Model seconds, None for an illegal point or one beyond the limits of the target."""
+    split = math.prod(phases(nest).values())
+    terms = split * math.prod(c for _, c in point.tile)
+    accumulators = split * math.prod(c for a, c in point.tile if not nest.is_reduce(a.split("*")[0]))
+    if terms > MAX_TERMS or accumulators > max(MAX_ACCUMULATORS, split):
+        return None
+    try:
+        return cost(apply(nest, point.schedule(nest)), threads)
+    except ScheduleError:
+        return None
+
+
+def neighbours(nest: Nest, point: Point) -> list[Point]:
+    """Points that differ in one choice."""
+    found = []
+    tile = dict(point.tile)
+    for axis in point.order:
+        for count in tile_choices(nest, axis, point.lanes, point.width):
+            if count != tile.get(axis, 1):
+                changed = {**tile, axis: count}
+                # Tile digits keep the loop order, so that equal tiles are equal points.
+                own = tuple((a, changed[a]) for a in point.order if changed.get(a, 1) > 1)
+                found.append(replace(point, tile=own))
+    parallel = sum(not nest.is_reduce(a.split("*")[0]) for a in point.order)
+    for i, (tensor, level) in enumerate(point.stages):
+        last = parallel if tensor == nest.output.tensor else len(point.order)
+        for other in range(point.grid, last + 1):
+            if other != level:
+                found.append(replace(point, stages=(*point.stages[:i], (tensor, other), *point.stages[i + 1 :])))
+    if len(point.stages) > 1:
+        for other in range(point.grid, parallel + 1):
+            found.append(replace(point, stages=tuple((t, other) for t, _ in point.stages)))
+    for order, grid in orders(nest, point.lanes):
+        if (order, grid) != (point.order, point.grid):
+            stages = tuple((t, max(grid, min(level, parallel))) for t, level in point.stages)
+            found.append(replace(point, order=order, grid=grid, stages=stages))
+    return found
+
+
+def climb(nest: Nest, point: Point, threads: int, seen: dict[Point, float | None]) -> None:
+    """Follow the model downhill from a point; every point that is met is left in `seen`."""
+
+    def value(p: Point) -> float:
+        if p not in seen:
+            seen[p] = evaluate(nest, p, threads)
+        found = seen[p]
+        return math.inf if found is None else found
+
+    best = value(point)
+    while True:
+        better = min(neighbours(nest, point), key=value, default=point)
+        if value(better) >= best:
+            return
+        point, best = better, value(better)
+
+
+def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
+    """A point that differs in one or two choices; it may be illegal."""
+    for _ in range(rng.choice((1, 1, 2))):
+        options = neighbours(nest, point)
+        if options:
+            point = rng.choice(options)
+    return point
+
+
+def random_point(nest: Nest, rng: random.Random) -> Point:
+    """Any point, legal or not: the tests' source of schedules nobody would choose."""
+    lanes = rng.choice([*lane_axes(nest), (nest.axes[-1].name,)])
+    width = rng.choice([1, 2, 4, 8, width_of(nest, lanes)])
+    order, grid = rng.choice(orders(nest, lanes))
+    parallel = sum(not nest.is_reduce(a.split("*")[0]) for a in order)
+    head, tail = list(order[grid:parallel]), list(order[parallel:])
+    rng.shuffle(head)
+    rng.shuffle(tail)
+    order = (*order[:grid], *head, *tail)
+    if nest.axes[0].reduce is False and rng.random() < 0.2:
+        grid = rng.randint(0, parallel)
+    tile = tuple((a, c) for a in order if (c := rng.choice(tile_choices(nest, a, lanes, width))) > 1 and rng.random() < 0.6)
+    staged = rng.choice(list(stage_sets(nest)))
+    last = {t: parallel if t == nest.output.tensor else len(order) for t in staged}
+    stages = tuple((t, rng.randint(min(grid, last[t]), last[t])) for t in staged)
+    return Point(lanes, width, order, grid, tile, stages)
