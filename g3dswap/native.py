@@ -1,0 +1,194 @@
+"""PyTorch's own convolution kernels: what a choice falls back to, is timed against and is held to.
+
+Operands of a pass, in order, here and wherever a pass is run:
+
+* forward: input, weight, and the bias or None
+* grad_input: grad_output, input (only its shape counts), weight
+* grad_weight: grad_output, input, weight (only its shape counts)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError
+from .problem import Problem
+
+# An error that no candidate has to go below, as ||out - ref|| / ||ref||. A result that is exact but
+# for its rounding to 16 bits has about half the unit roundoff (eps / 2), so that is the floor there.
+# fp32 and fp64 sums are rounded at every step, and their order alone moves the error by some eps.
+FLOORS = {
+    torch.float64: 4 * torch.finfo(torch.float64).eps,
+    torch.float32: 4 * torch.finfo(torch.float32).eps,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2,
+    torch.float16: torch.finfo(torch.float16).eps / 2,
+}
+
+_CUDNN_CONV = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made by a module class
+
+
+def run(problem: Problem, *tensors: Tensor | None) -> Tensor:
+    """The pass by PyTorch's kernel; any batch size, any strides."""
+    return _compute(problem, tensors)
+
+
+def reference(problem: Problem, *tensors: Tensor | None) -> Tensor:
+    """The pass in float64 on the operands' device, contiguous.
+
+    PyTorch's float64 kernels are the plain ones (unfold and matrix product on a CPU); the tests hold
+    them to an independent implementation.
+    """
+    return _compute(problem, [None if x is None else x.detach().double().contiguous() for x in tensors])
+
+
+def error(out: Tensor, ref: Tensor) -> float:
+    """||out - ref|| / ||ref|| in float64; infinite where ``out`` is not finite or has another shape."""
+    if out.shape != ref.shape:
+        return float("inf")
+    ref = ref.double()
+    distance = float(torch.linalg.vector_norm(out.detach().double() - ref))
+    norm = float(torch.linalg.vector_norm(ref))
+    relative = distance / norm if norm else (0.0 if distance == 0 else float("inf"))
+    return relative if relative == relative else float("inf")  # NaN compares unequal to itself
+
+
+def bound(problem: Problem, *tensors: Tensor | None, ref: Tensor | None = None) -> float:
+    """The largest error a candidate may have on these operands.
+
+    Twice that of PyTorch's own kernel for the same operands, layout and switches, or the floor of the
+    dtype if that is more. ``ref`` saves computing the reference again.
+    """
+    if ref is None:
+        ref = reference(problem, *tensors)
+    with switches(problem):
+        own = error(run(problem, *tensors), ref)
+    return max(2 * own, FLOORS[problem.dtype])
+
+
+def random_operands(
+    problem: Problem, batch: int, seed: int = 0, device: torch.device | str | None = None
+) -> list[Tensor | None]:
+    """Normally distributed operands for ``run``, in the problem's dtype and layout."""
+    device = problem.device if device is None else device
+    generator = torch.Generator(device).manual_seed(seed)
+    g = problem.geometry
+
+    def normal(shape: Sequence[int]) -> Tensor:
+        x = torch.randn(shape, generator=generator, device=device, dtype=problem.dtype)
+        return x.contiguous(memory_format=problem.memory_format) if len(shape) == 5 else x
+
+    image, weight = normal(g.input_shape(batch)), normal(g.weight_shape())
+    if problem.direction == "forward":
+        return [image, weight, normal((g.out_channels,)) if problem.bias else None]
+    return [normal(g.output_shape(batch)), image, weight]
+
+
+@contextlib.contextmanager
+def switches(problem: Problem) -> Iterator[None]:
+    """PyTorch's TF32 and determinism switches for convolutions as ``problem`` has them; restored after."""
+    if problem.device != "cuda":
+        yield
+        return
+    before = _CUDNN_CONV.fp32_precision, torch.backends.cudnn.deterministic
+    _CUDNN_CONV.fp32_precision = problem.precision
+    torch.backends.cudnn.deterministic = problem.deterministic
+    try:
+        yield
+    finally:
+        _CUDNN_CONV.fp32_precision, torch.backends.cudnn.deterministic = before
+
+
+def precision(dtype: torch.dtype, device: str) -> str:
+    """"tf32" where PyTorch's switch lets cuDNN's convolutions use it for this dtype, else "ieee"."""
+    if device != "cuda" or dtype != torch.float32:
+        return "ieee"
+    # allow_tf32 refuses to be read once someone used the newer switch; this one answers for both.
+    return "tf32" if _CUDNN_CONV.fp32_precision == "tf32" else "ieee"
+
+
+def deterministic(device: str) -> bool:
+    """Whether the user asked for convolutions that repeat bit for bit."""
+    if torch.are_deterministic_algorithms_enabled():
+        return True
+    return device == "cuda" and torch.backends.cudnn.deterministic
+
+
+def output_format(
+    input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> torch.memory_format:
+    """The memory format in which PyTorch's convolution of two 5-D tensors gives its results.
+
+    One format serves all results of a layer (output, grad-input, grad-weight). cuDNN and oneDNN take
+    channels_last_3d as soon as one operand suggests it; PyTorch's own kernels (float64, CUDA
+    depthwise) only know contiguous tensors. Works on fake tensors, and does not guard on a
+    symbolic batch where groups > 1 (but for 1x1 kernels in a process of one thread).
+    """
+    if not _suggests_channels_last(input) and not _suggests_channels_last(weight):
+        return torch.contiguous_format
+    kind, dtype = input.device.type, input.dtype.to_real()  # a complex one is made of real ones
+    if kind == "cuda":
+        takes = torch.backends.cudnn.enabled and dtype != torch.float64
+    elif kind == "cpu" and torch._C._get_mkldnn_enabled():
+        takes = _onednn_takes(input, weight, stride, dilation, groups)
+    else:
+        takes = False
+    return torch.channels_last_3d if takes else torch.contiguous_format
+
+
+def _onednn_takes(
+    input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> bool:
+    """ConvParams::use_mkldnn of ATen/native/Convolution.cpp: whether a CPU convolution goes to oneDNN."""
+    dtype = input.dtype.to_real()
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    if dtype != torch.float32:
+        return False
+    height, width = weight.shape[-2:]
+    spread = max(stride) > 1 or max(dilation) > 1 or height != 1 or width != 1
+    if not (spread or torch.get_num_threads() > 1 or input.shape[0] >= 16):
+        return False
+    if groups > 1 or (height > 3 and width > 3) or input.shape[0] > 1:
+        return True
+    return bool(input.shape[0] * input.shape[1] * input.shape[2] * input.shape[3] > 20480)
+
+
+def _suggests_channels_last(x: Tensor) -> bool:
+    """Tensor::suggest_memory_format() == ChannelsLast3d, which Python has no name for."""
+    shape, strides = x.shape, x.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for d in (1, 4, 3, 2, 0):
+        if shape[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * shape[d]
+    return True
+
+
+def _compute(problem: Problem, tensors: Sequence[Tensor | None]) -> Tensor:
+    g = problem.geometry
+    if problem.direction == "forward":
+        input, weight, bias = tensors
+        if input is None or weight is None:
+            raise ArgumentError("A forward pass needs an input and a weight; only the bias may be None.")
+        if g.blind and input.device.type == "cpu" and input.dtype.itemsize == 2:
+            # oneDNN's half-precision forward kernels (3.12, AVX-512) may crash the process here. The
+            # result is the bias or zero, so the detour over fp32 changes no bit of it.
+            bias = None if bias is None else bias.float()
+            out = torch.conv3d(
+                input.float(), weight.float(), bias, g.stride, g.padding, g.dilation, g.groups
+            )
+            return out.to(input.dtype)
+        return torch.conv3d(input, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+    grads = torch.ops.aten.convolution_backward(
+        *(*tensors, None, g.stride, g.padding, g.dilation, False, [0, 0, 0], g.groups),
+        [problem.direction == "grad_input", problem.direction == "grad_weight", False],
+    )
+    return grads[0 if problem.direction == "grad_input" else 1]
