@@ -1,0 +1,213 @@
+"""The command line: ``g3dswap inspect | convert | tune | verify | show | cache | env``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+from torch import Tensor, nn
+
+import g3dswap
+from g3dswap import checkpoint, containers, environment
+from g3dswap.cache_commands import cache
+from g3dswap.checkpoint import Checkpoint
+from g3dswap.errors import ArgumentError
+from g3dswap.options import (
+    EXIT_CODES,
+    PATH,
+    Commands,
+    Shape,
+    Source,
+    force_option,
+    json_option,
+    print_table,
+    shape_options,
+    source_options,
+    tuning_options,
+)
+
+
+@click.group(cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="g3dswap")
+def main() -> None:
+    """Swap slow grouped and depthwise 3D convolutions of PyTorch models for tuned kernels.
+
+    Two options run code: --arch imports the module it names, and --trust unpickles a file without
+    restriction. Without them nothing in a checkpoint is executed.
+    """
+
+
+main.add_command(cache)
+
+
+def emit(data: Any, text: str, as_json: bool) -> None:
+    """Print one or the other on stdout."""
+    click.echo(json.dumps(data, indent=2, default=str) if as_json else text)
+
+
+@contextlib.contextmanager
+def clean_stdout() -> Iterator[None]:
+    """What a model prints in its forward goes to stderr, so that stdout is what the command says."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@main.command()
+@click.argument("file", type=PATH, required=False)
+@source_options
+@json_option
+def inspect(file: Path | None, source: Source, as_json: bool) -> None:
+    """Show what a conversion would do; changes nothing.
+
+    Without --arch, list what the weights in FILE tell.
+    """
+    stored = source.read(file) if file else None
+    if stored and not source.arch and stored.module is None:
+        _list_weights(stored, as_json)
+        return
+    with clean_stdout():
+        model, _ = source.model(stored)
+        report = g3dswap.inspect(model, source.example_inputs(model))
+    emit(report.to_dict(), str(report), as_json)
+
+
+def _list_weights(stored: Checkpoint, as_json: bool) -> None:
+    """The 5-D weights; their shapes do not tell the groups, nor convolutions from transposed ones."""
+    weights = {k: v for k, v in stored.state_dict.items() if isinstance(v, Tensor) and v.dim() == 5}
+    dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in weights.items()}
+    if as_json:
+        rows = [{"name": k, "shape": list(v.shape), "dtype": dtypes[k]} for k, v in weights.items()]
+        emit({"file": str(stored.path), "groups": None, "weights": rows}, "", True)
+        return
+    if weights:
+        table = Table("weight", "filters", "channels/group", "kernel", "dtype", box=None, pad_edge=False)
+        for name, value in weights.items():
+            filters, channels, *kernel = map(str, value.shape)
+            table.add_row(name, filters, channels, "x".join(kernel), dtypes[name])
+        print_table(table)
+    click.echo(
+        f"{len(weights)} five-dimensional weights in {stored.path}; their groups are unknown without the "
+        "model: add --arch pkg.mod:factory."
+    )
+
+
+@main.command()
+@click.argument("file", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="File to write, in the format of FILE.")
+@source_options
+@tuning_options("quick")
+@force_option
+@json_option
+def convert(
+    file: Path, output: Path, source: Source, tuning: dict[str, Any], force: bool, as_json: bool
+) -> None:
+    """Convert the model of FILE, verify it, and write it to OUTPUT.
+
+    OUTPUT loads where FILE loaded. The choices of kernels go beside it: fast.pth, fast.plan.json. Both
+    appear whole or not at all.
+    """
+    plan = output.with_suffix(".plan.json")
+    for path in (output, plan):
+        containers.check_output(path, force=force)
+    if not source.inputs and not tuning["plan"]:
+        raise click.UsageError("Kernels are tuned for shapes: give the model's with --input, or a --plan.")
+    stored = source.read(file)
+    if stored.module is not None and source.dtype:
+        raise ArgumentError(f"{file} holds a whole module, which --dtype would change; leave --dtype out.")
+    with clean_stdout():
+        model, fitted = source.model(stored)
+        fast = g3dswap.convert(model, source.example_inputs(model), inplace=True, **tuning)
+    report = g3dswap.report(fast)
+    _write_both(output, plan, fitted or stored, fast.to("cpu"), force)
+    data = {**report.to_dict(), "output": str(output), "plan": str(plan)}
+    emit(data, f"{report}\nWrote {output} and {plan}.", as_json)
+
+
+def _write_both(output: Path, plan: Path, stored: Checkpoint, fast: nn.Module, force: bool) -> None:
+    """The plan first, since it is small; if the checkpoint then fails, the plan is as it was before."""
+    previous = plan.read_bytes() if plan.exists() else None
+    g3dswap.save_plan(fast, plan)
+    try:
+        checkpoint.write(output, stored, fast, force=force)
+    except BaseException:
+        if previous is None:
+            plan.unlink()
+        else:
+            plan.write_bytes(previous)
+        raise
+
+
+@main.command()
+@click.argument("file", type=PATH, required=False)
+@source_options
+@shape_options
+@tuning_options("quick")
+@json_option
+def tune(
+    file: Path | None, source: Source, shape: Shape | None, tuning: dict[str, Any], as_json: bool
+) -> None:
+    """Tune the layers of a model, or one convolution given by options, into the cache.
+
+    \b
+    g3dswap tune --arch pkg.mod:resnext101 --input 8x3x16x112x112
+    g3dswap tune --channels 64 --size 16x56x56 --kernel 3 --padding 1 --batch 8
+    """
+    if shape and (file or source.arch):
+        raise click.UsageError("Give either a model or a convolution (--channels ...), not both.")
+    if not shape and not source.inputs:
+        raise click.UsageError("Kernels are tuned for shapes: give the model's with --input.")
+    with clean_stdout():
+        if shape:
+            source = shape.source(source)
+        model = shape.model(source) if shape else source.model(source.read(file) if file else None)[0]
+        fast = g3dswap.convert(model, source.example_inputs(model), inplace=True, **tuning)
+    report = g3dswap.report(fast)
+    emit(report.to_dict(), str(report), as_json)
+
+
+@main.command()
+@click.argument("original", type=PATH)
+@click.argument("converted", type=PATH)
+@source_options
+@tuning_options("cached")
+@json_option
+def verify(original: Path, converted: Path, source: Source, tuning: dict[str, Any], as_json: bool) -> None:
+    """Compare outputs and gradients of two files' models with float64.
+
+    The choices come from the plan beside CONVERTED, if there is one. Exit code 3: they differ.
+    """
+    if not source.inputs:
+        raise click.UsageError("Outputs are compared on inputs: give their shapes with --input.")
+    beside = converted.with_suffix(".plan.json")
+    if tuning["plan"] is None and beside.exists():
+        tuning["plan"] = beside
+    with clean_stdout():
+        before, after = (source.model(source.read(file))[0] for file in (original, converted))
+        inputs = source.example_inputs(before)
+        after = g3dswap.convert(after, inputs, inplace=True, verify=False, **tuning)
+        verification = g3dswap.verify(before, after, inputs)
+    emit(verification.to_dict(), str(verification), as_json)
+    verification.check()
+
+
+@main.command()
+@json_option
+def env(as_json: bool) -> None:
+    """Show versions, devices, the compiler and the cache: what a bug report needs."""
+    facts = environment.describe()
+    lines = [f"{name:12} {_plain(value)}" for name, value in facts.items()]
+    emit(facts, "\n".join(lines), as_json)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_plain, value)) or "none"
+    return "none" if value is None else str(value)
