@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -17,13 +18,16 @@ import g3dswap
 from g3dswap import checkpoint, containers, environment
 from g3dswap.cache_commands import cache
 from g3dswap.checkpoint import Checkpoint
+from g3dswap.choose import open_cache
 from g3dswap.errors import ArgumentError
 from g3dswap.options import (
     EXIT_CODES,
     PATH,
     Commands,
+    Parsed,
     Shape,
     Source,
+    cache_option,
     force_option,
     json_option,
     print_table,
@@ -31,6 +35,13 @@ from g3dswap.options import (
     source_options,
     tuning_options,
 )
+from g3dswap.problem import DIRECTIONS
+from g3dswap.show import STAGES, UNSCHEDULED, parse_schedule, schedule_for, stages, unscheduled
+from g3dswap.show import problem as pass_problem
+from g3dswap.tc.kernel import TARGETS, target_of
+from g3dswap.tc.schedule import Schedule
+
+SCHEDULE = Parsed("JSON", parse_schedule)
 
 
 @click.group(cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -194,6 +205,53 @@ def verify(original: Path, converted: Path, source: Source, tuning: dict[str, An
         verification = g3dswap.verify(before, after, inputs)
     emit(verification.to_dict(), str(verification), as_json)
     verification.check()
+
+
+@main.command()
+@source_options
+@shape_options
+@cache_option
+@click.option("--pass", "direction", type=click.Choice(DIRECTIONS), default="forward", show_default=True)
+@click.option("--target", type=click.Choice(TARGETS), help="Kernel language; the device's by default.")
+@click.option("--stage", type=click.Choice(STAGES), help="One form only; by default all of them.")
+@click.option("--schedule", type=SCHEDULE, help="JSON; by default the tuned one, if there is any.")
+@json_option
+def show(
+    source: Source,
+    shape: Shape | None,
+    cache: Path | None,
+    direction: str,
+    target: str | None,
+    stage: str | None,
+    schedule: Schedule | None,
+    as_json: bool,
+) -> None:
+    """Print every form of a convolution's pass: notation, nest, scheduled nest, source text.
+
+    \b
+    g3dswap show --channels 64 --size 16x56x56 --kernel 3 --padding 1 --pass grad_input
+    """
+    if shape is None:
+        raise click.UsageError("Say which convolution: --channels, --size and so on.")
+    dtype = source.dtype or torch.float32
+    problem = pass_problem(direction, shape.geometry, dtype, source.layout, source.device.type, shape.bias)
+    if stage in UNSCHEDULED and not as_json:  # at once, without looking for a schedule
+        click.echo(unscheduled(problem)[stage])
+        return
+    target = target or target_of(problem.device)
+    origin = "given"
+    if schedule is None:
+        schedule, origin = schedule_for(problem, target, open_cache(cache))
+    forms = stages(problem, schedule, target)
+    if as_json:
+        data = {"problem": str(problem), "target": target, "schedule": schedule.to_json(), "origin": origin}
+        emit({**data, **forms}, "", True)
+    elif stage:
+        click.echo(forms[stage])
+    else:
+        click.echo(f"{problem}\n{target} schedule ({origin}): {schedule}")
+        for name, text in forms.items():
+            click.echo(f"\n{name}\n{'-' * len(name)}\n{text}")
 
 
 @main.command()

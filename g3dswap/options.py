@@ -79,7 +79,7 @@ def _show_warning(
 
 
 class Parsed(click.ParamType):
-    """A parameter whose text one function understands; its ArgumentError is an error of usage."""
+    """A parameter whose text one function understands; what it objects to is wrong usage."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
@@ -90,7 +90,7 @@ class Parsed(click.ParamType):
             return value
         try:
             return self.parse(value)
-        except ArgumentError as error:
+        except G3DSwapError as error:
             self.fail(str(error), param, ctx)
 
 

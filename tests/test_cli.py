@@ -18,9 +18,13 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 import g3dswap
-from g3dswap import cli, environment
+from g3dswap import cli, comprehensions, environment, show
+from g3dswap.choice import Record
+from g3dswap.choose import Chooser
 from g3dswap.errors import ConvertError, G3DSwapWarning, VerificationError
+from g3dswap.problem import Geometry
 from g3dswap.tc.cache import Cache
+from g3dswap.tc.schedule import serial
 
 NETS = '''
 import torch
@@ -393,6 +397,60 @@ def test_verify(api: Api, weights: dict[str, Tensor]) -> None:
     assert result.exit_code == 3
     assert result.stdout == "THE REPORT\n"
     assert result.stderr.endswith("error: 1 of 9 tensors differ.\n")
+
+
+# show
+
+SHAPE = ["--channels", "8", "--size", "4x6x6", "--padding", "1", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("direction", ["forward", "grad_input", "grad_weight"])
+def test_show(direction: str, fresh_cache: Path) -> None:
+    data = json.loads(succeeds("show", *SHAPE, "--pass", direction, "--json"))
+    assert data["problem"].startswith(f"{direction} 8x4x6x6 to 8x4x6x6, groups 8, kernel 3x3x3, ")
+    assert (data["target"], data["origin"]) == ("cpp", "default")
+    assert data["notation"].startswith(f"def {direction}(")
+    assert data["nest"].startswith(f"nest {direction}\n")
+    assert "serial n += 1" in data["nest"]
+    assert "grid   g += 1" in data["scheduled"]
+    assert data["source"].startswith(f"// {direction}\n")
+
+
+def test_show_options_reach_the_nest(fresh_cache: Path) -> None:
+    words = ["--bias", "--dtype", "bf16", "--layout", "channels_last_3d", "--stage", "nest"]
+    nest = succeeds("show", *SHAPE, *words)
+    assert nest.startswith(
+        "nest forward_bias\n  tensor I: bfloat16 batchx8x1x4x6x6 strides (1152, 1, 1, 288, 48, 8)"
+    )
+
+
+def test_show_takes_a_schedule(fresh_cache: Path) -> None:
+    digits = [f"{axis} rest serial" for axis in (*"ngfthwc", "kt", "kh", "kw")]
+    plain = {"digits": digits, "fuse": [], "stage": [], "hints": {}}
+    data = json.loads(succeeds("show", *SHAPE, "--schedule", json.dumps(plain), "--json"))
+    assert data["origin"] == "given"
+    assert data["schedule"] == plain
+    assert data["scheduled"] == data["nest"]
+    for stage in show.STAGES:
+        text = succeeds("show", *SHAPE, "--schedule", json.dumps(plain), "--stage", stage)
+        assert text == f"{data[stage]}\n"
+    text = succeeds("show", *SHAPE, "--schedule", json.dumps(plain))
+    assert text.splitlines()[0] == data["problem"]
+    assert text.splitlines()[1].startswith("cpp schedule (given): ")
+    heads = [f"\n{stage}\n{'-' * len(stage)}\n{data[stage]}\n" for stage in show.STAGES]
+    assert text.endswith("".join(heads))
+
+
+def test_show_prefers_what_was_tuned(fresh_cache: Path) -> None:
+    geometry = Geometry(8, 8, 8, (4, 6, 6), (3, 3, 3), padding=(1, 1, 1))
+    problem = show.problem("forward", geometry, torch.float32, "contiguous", "cpu", False)
+    schedule = serial(comprehensions.nest(problem)).to_json()
+    record = Record(1, "quick", False, schedule, 1.0, 2.0, 1e-8, 1e-6)
+    cache = Cache()
+    cache.put(Chooser(cache, "cached").key(problem), record.to_json())
+    data = json.loads(succeeds("show", *SHAPE, "--json"))
+    assert (data["origin"], data["schedule"]) == ("tuned", schedule)
+    assert json.loads(succeeds("show", *SHAPE, "--json", "--cache", "elsewhere"))["origin"] == "default"
 
 
 # cache

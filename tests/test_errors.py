@@ -406,6 +406,19 @@ COMMAND_LINE = [
         "tune --channels 4 --stride 0 --size 5",
         "stride=(0, 0, 0) must be three integers (time, height, width) of at least 1.",
     ),
+    # Schedules
+    Mistake(
+        "show --channels 4 --size 5 --schedule {",
+        "Invalid value for '--schedule': '{' is no JSON (Expecting property name enclosed in double "
+        "quotes: line 1 column 2 (char 1)); copy a schedule from `g3dswap cache show`.",
+        2,
+    ),
+    Mistake(
+        "show --channels 4 --size 5 --schedule {}",
+        "Invalid value for '--schedule': a schedule is a mapping with digits, fuse, stage and hints, "
+        "not '{}' ('digits'); tune the layer again.",
+        2,
+    ),
     # The cache
     Mistake(
         "cache import old.jsonl",
