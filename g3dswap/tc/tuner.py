@@ -11,18 +11,16 @@ compiler finished first.
 from __future__ import annotations
 
 import collections
-import os
-import queue
 import random
 import statistics
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ..errors import NoCompilerError, ScheduleError
+from .builds import Builds, cores
 from .timing import Timing
 
 OK = "ok"
@@ -34,7 +32,6 @@ WRONG_RESULT = "wrong-result"
 SLOW_PRUNED = "slow-pruned"
 CATEGORIES = (OK, ILLEGAL, COMPILE_ERROR, COMPILE_TIMEOUT, RUN_ERROR, WRONG_RESULT, SLOW_PRUNED)
 
-GRACE = 1.0  # seconds that a build may overrun its own time limit before it is given up for hung
 HEADROOM = 1.2  # a build begins only if the time left is this many times what a build usually takes
 CLOSE = 1.25  # a trial this many times slower than the fastest is not worth a place in the final comparison
 
@@ -254,7 +251,7 @@ class _Search(Generic[S, C]):
         reservoir += self.workload.space.ranked(config.trials, self.rng)
         for generation in range(config.generations):
             wave = self.propose(reservoir, generation)
-            if not wave or self.search_seconds <= 0:
+            if not wave or (generation and self.search_seconds <= 0):
                 return
             self.report()
             self.measure_all(self.build_all(wave), generation)
@@ -310,13 +307,21 @@ class _Search(Generic[S, C]):
         Everything that was begun has ended (or was given up) when this returns.
         """
 
+        workers = self.config.workers or cores()
+
         def limit(begun: int) -> float | None:
-            """The time limit of a build that begins now; None: there is no time to build and measure it."""
+            """The time limit of a build that begins now; None: there is no time to build and measure it.
+
+            Each core's first build gets its full time however little is left, or slow preparations
+            would leave a search without any result.
+            """
+            if not self.trials and begun < workers:
+                return self.config.build_timeout
             left = self.search_seconds - self.trial_seconds * (begun + 1)
             usual = statistics.median(self.build_times) if self.build_times else 0.0
             return min(self.config.build_timeout, left) if left > HEADROOM * usual else None
 
-        builds = _Builds(self.workload.build, limit, self.config.workers or cores(), self.build_times)
+        builds = Builds(self.workload.build, limit, workers, self.build_times)
         return builds.run(wave)
 
     def measure_all(self, built: dict[S, C | BaseException], generation: int) -> None:
@@ -417,11 +422,6 @@ def _median(rounds: Sequence[Timing]) -> Timing:
     return Timing(seconds, max(between, *(t.spread for t in rounds)), sum(t.repeats for t in rounds))
 
 
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def category(error: BaseException) -> str:
     """The failure category of an exception that a build raised."""
     if isinstance(error, ScheduleError):
@@ -436,59 +436,3 @@ def describe(error: BaseException) -> str:
     """An exception in one short line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
-
-
-class _Builds(Generic[S, C]):
-    """Builds schedules on daemon threads.
-
-    Not a `ThreadPoolExecutor`: that one joins its threads when the interpreter ends, and a hung build
-    would keep the process alive for ever.
-    """
-
-    def __init__(
-        self,
-        build: Callable[[S, float], C],
-        limit: Callable[[int], float | None],
-        workers: int,
-        times: list[float],
-    ) -> None:
-        self.build, self.limit, self.workers, self.times = build, limit, workers, times
-        self.done: queue.SimpleQueue[tuple[S, C | BaseException, float]] = queue.SimpleQueue()
-
-    def run(self, wave: Iterable[S]) -> dict[S, C | BaseException]:
-        """The outcome of each build, in the order of `wave`."""
-        waiting = collections.deque(wave)
-        order = list(waiting)
-        outcomes: dict[S, C | BaseException] = {}
-        overdue: dict[S, float] = {}  # the builds under way, and when each is to be given up
-        while waiting or overdue:
-            while waiting and len(overdue) < self.workers:
-                timeout = self.limit(len(outcomes) + len(overdue))
-                if timeout is None:
-                    waiting.clear()
-                    break
-                schedule = waiting.popleft()
-                overdue[schedule] = time.monotonic() + timeout + GRACE
-                threading.Thread(target=self.work, args=(schedule, timeout), daemon=True).start()
-            if not overdue:
-                break
-            try:
-                wait = max(0.0, min(overdue.values()) - time.monotonic())
-                schedule, outcome, seconds = self.done.get(timeout=wait)
-            except queue.Empty:
-                schedule = min(overdue, key=lambda s: overdue[s])
-                outcome, seconds = TimeoutError("the build did not keep its time limit"), GRACE
-            if schedule in overdue:  # a build that was given up may still end
-                del overdue[schedule]
-                outcomes[schedule] = outcome
-                self.times.append(seconds)
-        return {schedule: outcomes[schedule] for schedule in order if schedule in outcomes}
-
-    def work(self, schedule: S, timeout: float) -> None:
-        began = time.monotonic()
-        outcome: Any
-        try:
-            outcome = self.build(schedule, timeout)
-        except BaseException as error:
-            outcome = error
-        self.done.put((schedule, outcome, time.monotonic() - began))

@@ -1,0 +1,407 @@
+"""From a problem to the kernel that runs it: looked up, tuned, or PyTorch's own, and the reason why.
+
+The order: what this process has decided, an installed plan, the exact cache entry, tuning (if asked
+for), the nearest cache entry, the untimed default (only if asked for), PyTorch's own kernel.  One of
+our kernels is chosen only where it was measured to be faster than PyTorch's by `min_speedup`, and run
+only after a check against float64 in this process.  Whatever fails ends with PyTorch's kernel and one
+warning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import ranks
+from .choice import Choice, Record
+from .comprehensions import nest
+from .errors import ArgumentError, G3DSwapWarning, NoCompilerError
+from .problem import Problem
+from .progress import Bar
+from .tc import kernel
+from .tc.cache import Cache, Entry, default_directory
+from .tc.schedule import Schedule
+from .tc.space import Space
+from .tc.tuner import TunerConfig, describe, tune
+from .workload import Candidate, PassWorkload, build, quick_check, tuning_batch
+
+EFFORTS = {"none": 0, "cached": 0, "quick": 1, "full": 2}
+CONFIGS = {"quick": TunerConfig.quick, "full": TunerConfig.full}
+MIN_SPEEDUP = 1.05
+BUILD_SECONDS = 60.0  # for a kernel that is known to be worth building
+NEAR_FIELDS = ("size", "threads", "compiler", "generator")  # of the key, in which a nearest entry may differ
+NEAR_FACTOR = 8.0  # the ratio of the image volumes up to which one size tells something about another
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """A choice, and what was asked for when it was made."""
+
+    choice: Choice
+    effort: int  # of EFFORTS: what the choice rests on
+    tune: str
+    min_speedup: float
+
+    def serves(self, tune: str, min_speedup: float | None) -> bool:
+        """Whether it need not be made again for this request."""
+        if min_speedup is not None and min_speedup != self.min_speedup:
+            return False
+        return self.tune == tune or self.effort >= max(1, EFFORTS[tune])
+
+
+_LOCK = threading.RLock()  # held while something is decided: measurements must not overlap
+_decisions: dict[tuple[Path, Problem], _Decision] = {}
+_plan: dict[Problem, Choice] = {}
+_lookup: dict[Hashable, Choice] = {}
+_caches: dict[Path, Cache] = {}
+_choosers: dict[tuple[str, Path], Chooser] = {}
+_asked: Counter[str] = Counter()
+_said: set[str] = set()
+
+
+def resolve(problem: Problem, batch: int = 1, tune: str = "cached", cache: str = "") -> Choice:
+    """The choice for a problem; `cache` is a directory, "" the default one.
+
+    A decision that a `Chooser` has made in this process holds here too, whatever its `min_speedup`.
+    """
+    directory = Path(cache).expanduser() if cache else default_directory()
+    known = _decisions.get((directory, problem))
+    if known and known.serves(tune, None):
+        return known.choice
+    with _LOCK:
+        if (tune, directory) not in _choosers:
+            _choosers[tune, directory] = Chooser(open_cache(directory), tune)
+        return _choosers[tune, directory].choose(problem, batch)
+
+
+def lookup() -> dict[Hashable, Choice]:
+    """A dictionary for callers that must be fast: from whatever they use as key to the choice.
+
+    It is emptied when a choice changes.
+    """
+    return _lookup
+
+
+def install(choices: Iterable[Choice]) -> None:
+    """Let these choices (a plan's) decide from now on, in the whole process; built when first needed."""
+    with _LOCK:
+        for choice in choices:
+            _plan[choice.problem] = choice
+            for place in [place for place in _decisions if place[1] == choice.problem]:
+                del _decisions[place]
+        _lookup.clear()
+
+
+def forget() -> None:
+    """Forget all decisions, installed plans and given warnings of this process."""
+    with _LOCK:
+        for table in (_decisions, _plan, _lookup, _caches, _choosers, _asked, _said):
+            table.clear()
+
+
+def open_cache(directory: Path | str | None = None) -> Cache:
+    """The options cache in a directory (None: the default one), with the shipped ones behind it."""
+    path = default_directory() if directory is None else Path(directory).expanduser()
+    with _LOCK:
+        if path not in _caches:
+            _caches[path] = Cache(path, shipped_directories())
+        return _caches[path]
+
+
+def shipped_directories() -> list[Path]:
+    """Where the shipped options are: in an installed package, or beside it in the repository."""
+    package = Path(__file__).parent
+    return [place for place in (package / "caches", package.parent / "caches") if place.is_dir()]
+
+
+class Chooser:
+    """Decides problems with one cache and one set of rules.
+
+    tune:         "none" (the default schedule, untimed, if the cache has nothing), "cached", "quick", "full".
+    min_speedup:  how much faster than PyTorch's a kernel must be.
+    progress:     show a bar while tuning; `expect` says how many passes it will cover.
+    config:       the tuner's budget, instead of the preset for `tune`.
+
+    After a Ctrl-C `interrupted` is true: that pass keeps what was measured, and nothing more is tuned.
+    `counts` sums the tuner's trials by category. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        tune: str = "quick",
+        min_speedup: float = MIN_SPEEDUP,
+        progress: bool = True,
+        config: TunerConfig | None = None,
+    ) -> None:
+        if tune not in EFFORTS:
+            raise ArgumentError(f"tune={tune!r} is unknown; use one of {', '.join(EFFORTS)}.")
+        if not min_speedup > 0:
+            raise ArgumentError(f"min_speedup={min_speedup!r} must be a number above 0, say 1.05.")
+        self.cache, self.tune, self.min_speedup = cache, tune, float(min_speedup)
+        self.config = config or CONFIGS.get(tune, TunerConfig.quick)()
+        self.interrupted = False
+        self.counts: Counter[str] = Counter()
+        self.bar = Bar(progress)
+
+    def expect(self, passes: int) -> None:
+        """Start a progress bar over that many calls of `choose`."""
+        self.bar.close()
+        self.bar = Bar(self.bar.enabled, passes)
+
+    def choose(self, problem: Problem, batch: int = 1, label: str = "") -> Choice:
+        """The choice for a problem, decided once in a process; `label` names the layer for the bar."""
+        place = (self.cache.directory, problem)
+        with _LOCK:
+            known = _decisions.get(place)
+            if known is None or not known.serves(self.tune, self.min_speedup):
+                try:
+                    known = self._planned(problem) or self._agreed(problem, max(1, batch), label)
+                except BaseException:
+                    self.bar.close()
+                    raise
+                if place in _decisions:
+                    _lookup.clear()
+                _decisions[place] = known
+            self.bar.advance()
+            return known.choice
+
+    def key(self, problem: Problem) -> dict[str, Any]:
+        """The cache key of a problem on this machine."""
+        return problem.key(kernel.versions(kernel.target_of(problem.device)))
+
+    def _decision(self, choice: Choice, effort: int) -> _Decision:
+        return _Decision(choice, effort, self.tune, self.min_speedup)
+
+    # Plans and other ranks: a choice without its kernel.
+
+    def _planned(self, problem: Problem) -> _Decision | None:
+        if problem not in _plan:
+            return None
+        choice = self._rebuilt(_plan[problem], "planned")
+        if choice is None:
+            del _plan[problem]
+            return None
+        # Nothing that is asked for later replaces what a plan says, but another plan.
+        return self._decision(
+            replace(choice, reason=f"from the plan: {choice.reason}"), max(EFFORTS.values())
+        )
+
+    def _agreed(self, problem: Problem, batch: int, label: str) -> _Decision:
+        if not ranks.active():
+            return self._decide(problem, batch, label)
+        topic = {"key": self.key(problem), "tune": self.tune, "min_speedup": self.min_speedup}
+        name = json.dumps(topic, sort_keys=True)
+        _asked[name] += 1
+        made: list[_Decision] = []
+
+        def decide() -> dict[str, Any]:
+            made.append(self._decide(problem, batch, label))
+            return {"choice": made[0].choice.to_json(), "effort": made[0].effort}
+
+        patience = 120 + 5 * self.config.seconds
+        told, mine = ranks.agree({**topic, "time": _asked[name]}, decide, patience)
+        if mine:
+            return made[0]
+        if told is None:
+            return self._decide(problem, batch, label)
+        choice = self._rebuilt(Choice.from_json(told["choice"]), "other rank's")
+        return self._decision(choice or native(problem, "the other ranks' kernel fails here"), told["effort"])
+
+    def _rebuilt(self, choice: Choice, whose: str) -> Choice | None:
+        """The choice with its kernel built and checked; None, and a warning, if that fails."""
+        if choice.schedule is None:
+            return replace(choice, candidate=Candidate(choice.problem))
+        found = self._checked(choice.problem, choice.schedule, choice.bound, whose)
+        return replace(choice, candidate=found) if found else None
+
+    # The order of the sources.
+
+    def _decide(self, problem: Problem, batch: int, label: str) -> _Decision:
+        wanted = 0 if self.interrupted else EFFORTS[self.tune]
+        try:
+            entry = self.cache.get(self.key(problem))
+            record = self._record(entry, problem)
+            if entry and record and _effort(record) >= wanted:
+                source = "cached" if self._is_own(entry) else "shipped"
+                choice = self._verdict(problem, record, source, f"tuned at batch {record.batch}")
+                if choice:
+                    return self._decision(choice, EFFORTS[record.effort])
+                record = None
+            if wanted:
+                try:
+                    choice = self._tuned(problem, batch, label, record)
+                    return self._decision(choice, EFFORTS[self.tune])
+                except KeyboardInterrupt:  # before there was anything to keep
+                    self.interrupted = True
+                    return self._decide(problem, batch, label)
+            choice = self._nearest(problem) or self._default(problem)
+            return self._decision(choice or self._untuned(problem), 0)
+        except NoCompilerError as error:
+            _warn("no compiler", f"PyTorch's own kernels run: {error}")
+            return self._decision(native(problem, "no compiler"), max(EFFORTS.values()))
+
+    def _record(self, entry: Entry | None, problem: Problem) -> Record | None:
+        if entry is None:
+            return None
+        try:
+            return Record.from_json(entry.value)
+        except ValueError as error:
+            _warn(
+                f"record {entry.key}",
+                f"The cache entry for {problem} is malformed and not used ({error}); tune it again.",
+            )
+            return None
+
+    def _is_own(self, entry: Entry) -> bool:
+        """Whether the user's cache has the entry, and not only a shipped one."""
+        shipped = Cache(self.cache.directory / "no such directory", self.cache.fallbacks)
+        return shipped.get(entry.key) != entry
+
+    def _verdict(
+        self, problem: Problem, record: Record, source: str, what: str, candidate: Candidate | None = None
+    ) -> Choice | None:
+        """What a record says, its kernel built and checked; None, and a warning, if that fails."""
+        if record.schedule is None:
+            return native(problem, f"{what}, no kernel worked", record.native_seconds)
+        if record.speedup < self.min_speedup:
+            wanted = f"the best kernel was {record.speedup:.2f}x and {self.min_speedup:g}x is wanted"
+            return native(problem, f"{what}, {wanted}", record.native_seconds)
+        candidate = candidate or self._checked(problem, record.schedule, record.bound, source)
+        if candidate is None:
+            return None
+        measured = source != "nearest"  # on this problem, that is
+        return Choice(
+            problem,
+            source,
+            reason=f"{what}, {record.speedup:.2f}x",
+            seconds=record.seconds if measured else None,
+            native_seconds=record.native_seconds if measured else None,
+            error=record.error,
+            bound=record.bound,
+            schedule=record.schedule,
+            candidate=candidate,
+        )
+
+    def _checked(
+        self, problem: Problem, schedule: dict[str, Any], bound: float | None, whose: str
+    ) -> Candidate | None:
+        """A stored schedule, built and checked in this process; None, said once, if either fails."""
+        try:
+            candidate = build(problem, Schedule.from_json(schedule), BUILD_SECONDS)
+            check = quick_check(candidate, bound)
+            why = "" if check.passed else f"its error {check.error:.3g} exceeds {check.bound:.3g}"
+        except NoCompilerError:
+            raise
+        except Exception as error:
+            why = describe(error)
+        if not why:
+            return candidate
+        _warn(
+            f"{whose} {problem}",
+            f"The {whose} schedule for {problem} is not used ({why}); tune it again.",
+        )
+        return None
+
+    def _tuned(self, problem: Problem, batch: int, label: str, before: Record | None) -> Choice:
+        """Search, store what was found, and choose."""
+        began = time.monotonic()
+        batch = tuning_batch(problem, batch)
+        name = f"{label} {problem.direction}".strip()
+        key = self.key(problem)
+        try:
+            workload = PassWorkload(problem, batch)
+            # Large problems take their time before the first trial; some of it comes off the budget.
+            left = max(self.config.seconds - (time.monotonic() - began), 0.6 * self.config.seconds)
+            config = replace(self.config, seconds=left)
+            seeds = [Schedule.from_json(before.schedule)] if before and before.schedule else []
+            rng = random.Random(json.dumps(key, sort_keys=True))
+            result = tune(workload, config, rng, partial(self.bar.update, name), seeds)
+        except NoCompilerError:
+            raise
+        except Exception as error:
+            why = describe(error)
+            _warn("tuning failed", f"PyTorch's own kernel runs {problem}, because tuning it failed: {why}")
+            return native(problem, f"tuning failed: {why}")
+        self.counts.update(result.counts)
+        self.interrupted = self.interrupted or result.interrupted
+        effort = "full" if self.tune == "full" else "quick"
+        record = Record.of(result, batch, effort)
+        self.cache.put(key, record.to_json())
+        what = "tuned until interrupted" if result.interrupted else "tuned"
+        what += f" ({', '.join(f'{count} {category}' for category, count in record.counts.items())})"
+        choice = self._verdict(problem, record, "tuned", what, result.candidate)
+        assert choice
+        return choice
+
+    def _nearest(self, problem: Problem) -> Choice | None:
+        """The choice for the most similar image size that was tuned, or under other versions."""
+        key = self.key(problem)
+        entries = [e for e in self.cache.near(key, NEAR_FIELDS) if e.key != key]
+        ranked = sorted(
+            ((_distance(e.key, key), json.dumps(e.key), e) for e in entries), key=lambda item: item[:2]
+        )
+        for distance, _, entry in ranked[:3]:
+            record = self._record(entry, problem)
+            if record is None or distance[1] > math.log(NEAR_FACTOR):
+                continue
+            size = "x".join(map(str, entry.key["size"]))
+            choice = self._verdict(problem, record, "nearest", f"tuned at size {size}, batch {record.batch}")
+            if choice:
+                self._advise(f"{problem} has no tuned options, and those of the nearest size {size} are used")
+                return choice
+        return None
+
+    def _default(self, problem: Problem) -> Choice | None:
+        """The default schedule, checked but not timed; only where the user wants no tuning and no lookup."""
+        if self.tune != "none" or self.interrupted:
+            return None
+        schedule = Space(nest(problem), kernel.target_of(problem.device)).default()
+        found = self._checked(problem, schedule.to_json(), None, "default")
+        if found is None:
+            return None
+        return Choice(problem, "default", "not timed", schedule=schedule.to_json(), candidate=found)
+
+    def _untuned(self, problem: Problem) -> Choice:
+        if self.interrupted:
+            return native(problem, "tuning was interrupted before this pass")
+        self._advise(f"{problem} has no tuned options, and PyTorch's own kernel is used")
+        return native(problem, "no tuned entry; run g3dswap tune")
+
+    def _advise(self, what: str) -> None:
+        _warn("untuned", f'{what}; run "g3dswap tune" or convert with tune="quick" for faster kernels.')
+
+
+def native(problem: Problem, reason: str, native_seconds: float | None = None) -> Choice:
+    """The choice of PyTorch's own kernel."""
+    candidate = Candidate(problem)
+    return Choice(problem, "native", reason, native_seconds, native_seconds, candidate=candidate)
+
+
+def _effort(record: Record) -> int:
+    """What a record is worth; one that was cut short serves only those who would not tune."""
+    return 0 if record.interrupted else EFFORTS[record.effort]
+
+
+def _distance(a: dict[str, Any], b: dict[str, Any]) -> tuple[int, float]:
+    """How far two keys are apart: in how many fields beside the size, then how far the sizes are."""
+    fields = sum(a.get(name) != b.get(name) for name in NEAR_FIELDS if name != "size")
+    return fields, sum(abs(math.log(x / y)) for x, y in zip(a["size"], b["size"]))
+
+
+def _warn(topic: str, message: str) -> None:
+    """Warn once in a process about a topic."""
+    if topic in _said:
+        return
+    _said.add(topic)
+    warnings.warn(message, G3DSwapWarning, stacklevel=3)
