@@ -59,6 +59,9 @@ class Kernel:
         counts = (nest.loops[i].count for i in nest.partial_loops)
         parts = math.prod(batch if count is None else count for count in counts)
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+        if parts == 1 and out.dtype == dtype:
+            self.launch(operands, out, batch)
+            return
         partial = torch.empty((parts, out.numel()), dtype=dtype, device=out.device)
         self.launch(operands, partial, batch)
         # The partial results lie in the nest's order of elements, which is out's order in memory.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .buffers import Buffer, Flat, make_buffer
+from .buffers import Buffer, Flat, index_over_loops, loop_counts, make_buffer
 from .nest import Access, Nest
 from .place import Placer
 
@@ -79,12 +79,13 @@ def _has_lanes(nest: Nest, access: Access) -> bool:
 
 
 def check(nest: Nest) -> dict[str, Buffer]:
-    """The buffers of a schedule; ScheduleError if the first point of its tile has no place in memory."""
+    """The buffers of a schedule; ScheduleError if a corner of its tile has no place in memory."""
     buffers = {s.tensor: make_buffer(nest, s) for s in nest.stages}
     placer = Placer(nest, buffers)
-    env = {f"v{i}": 0 for i, p in enumerate(nest.loops) if p.bind == "unroll"}
-    for access in nest.accesses:
-        placer.place(access, env)
+    unrolled = {f"v{i}": (p.count or 1) - 1 for i, p in enumerate(nest.loops) if p.bind == "unroll"}
+    for env in (dict.fromkeys(unrolled, 0), unrolled):
+        for access in nest.accesses:
+            placer.place(access, env)
     return buffers
 
 
@@ -102,8 +103,9 @@ def cost(nest: Nest, threads: int, batch: int = 1) -> float:
     load = tile.loads * 0.9 + tile.broadcasts * 0.5
     chain = tile.terms / max(1, tile.accumulators) * FMA_LATENCY
     spill = max(0, tile.accumulators + min(tile.held, 8) + 2 - REGISTERS) * 2.0
-    guard = 0.0 if len(buffers) >= 1 and not _guarded(nest, buffers) else 4.0 + tile.loads * 0.25
-    body = max(multiply, load, chain) + 0.15 * min(multiply, load) + spill + guard + 6
+    body = max(multiply, load, chain) + 0.15 * min(multiply, load) + spill + 6
+    edge = 1.0 - _interior(nest, buffers)
+    body += edge * (0.15 * body + tile.loads * 0.3 + 5)
     results = tile.accumulators * (24.0 if lane_reduces else 2.0) + 4
     cycles = runs * body + stores * results
     for name, buffer in buffers.items():
@@ -122,13 +124,29 @@ def cost(nest: Nest, threads: int, batch: int = 1) -> float:
     if nest.partial_loops:
         out = math.prod(e or batch for e in nest.tensor(nest.output.tensor).shape)
         extra = partials * out * 1.0 + 20000
-    return float((cycles * balance + tasks * 300 + extra) / threads / CLOCK)
+    # Among near equals the smaller kernel is sooner compiled and better scheduled.
+    size = 1 + tile.terms / 4000
+    return float((cycles * balance * size + tasks * 300 + extra) / threads / CLOCK)
 
 
-def _guarded(nest: Nest, buffers: dict[str, Buffer]) -> bool:
-    return any(
-        f.tensor not in buffers and any(len(i.terms) > 1 or i.offset for i in f.indices) for f in nest.factors
-    )
+def _interior(nest: Nest, buffers: dict[str, Buffer]) -> float:
+    """The share of the tiles in which no load needs a guard: their span fits the tensor in every dimension."""
+    share = 1.0
+    counts = loop_counts(nest)
+    inner = {f"v{i}": c if i >= nest.tile_start else 1 for i, c in enumerate(counts.values())}
+    for factor in nest.factors:
+        if factor.tensor in buffers:
+            continue
+        for index, extent in zip(factor.indices, nest.tensor(factor.tensor).shape):
+            if extent is None or any(nest.fusion_of(a) for a in index.axes):
+                continue
+            value = index_over_loops(nest, index)
+            low, high = value.bounds(counts)
+            first, last = value.bounds(inner)
+            low, high, span = low // index.divisor, high // index.divisor, (last - first) // index.divisor
+            if low < 0 or high >= extent:
+                share *= max(0, extent - span) / max(1, high - low + 1 - span)
+    return min(1.0, share)
 
 
 def _copy(nest: Nest, buffer: Buffer, out: bool) -> float:
@@ -141,5 +159,6 @@ def _copy(nest: Nest, buffer: Buffer, out: bool) -> float:
         source, run = row.source, row.extent
     contiguous = source is not None and buffer.tensor.strides[source.dim] == 1 and source.phases == 1
     wide = nest.tensors[0].dtype in ("float32", "float64")
-    element = (0.15 if wide else 0.4) if contiguous else 1.3
+    apart = source is not None and buffer.tensor.strides[source.dim] * source.phases >= 16
+    element = (0.15 if wide else 0.4) if contiguous else 6.0 if apart else 1.3
     return buffer.size * element + buffer.size / max(1, run) * 8.0 + 20

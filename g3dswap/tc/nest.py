@@ -280,72 +280,88 @@ def digits(nest: Nest, axis: str) -> Linear:
     return Linear.of(0, ((f"v{i}", p.step) for i, p in enumerate(nest.loops) if p.axis == axis))
 
 
+def _require(condition: bool, nest: Nest, message: str, *values: object) -> None:
+    """The values are put in only on failure: searching a space verifies thousands of nests."""
+    if not condition:
+        raise NestError(f"{nest.name}: {message.format(*values)}.")
+
+
 def verify(nest: Nest) -> Nest:
     """Check every invariant of the IR and return the nest; NestError is a defect of the pass before."""
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise NestError(f"{nest.name}: {message}.")
-
     names = [a.name for a in nest.axes]
-    require(len(set(names)) == len(names), f"axis names {names} are not distinct")
+    _require(len(set(names)) == len(names), nest, "axis names {} are not distinct", names)
     for access in nest.accesses:
-        require(("tensor", access.tensor) in nest._by_name, f"unknown tensor {access.tensor}")
+        _require(("tensor", access.tensor) in nest._by_name, nest, "unknown tensor {}", access.tensor)
         rank = len(nest.tensor(access.tensor).shape)
-        require(len(access.indices) == rank, f"{access} does not have {rank} indices")
+        _require(len(access.indices) == rank, nest, "{} does not have {} indices", access, rank)
         for index in access.indices:
-            require(index.axes <= set(names), f"{access} uses an axis that is not one of {names}")
-            require(index.divisor > 0, f"{access} divides by {index.divisor}")
+            _require(index.axes <= set(names), nest, "{} uses an axis that is not one of {}", access, names)
+            _require(index.divisor > 0, nest, "{} divides by {}", access, index.divisor)
     for index in nest.output.indices:
-        require(len(index.terms) == 1 and index.is_axis(index.terms[0][0]), f"output index {index} is no axis")
-    for access in nest.accesses[len(nest.factors) :]:
-        require(not any(nest.axis(a).reduce for a in access.axes), f"{access} depends on a reduction")
+        _require(
+            len(index.terms) == 1 and index.is_axis(index.terms[0][0]), nest, "output index {} is no axis", index
+        )
+    for access in (*nest.addends, nest.output):
+        _require(not any(nest.axis(a).reduce for a in access.axes), nest, "{} depends on a reduction", access)
     parallel = {a.name for a in nest.axes if not a.reduce}
-    require(nest.output.axes == parallel, "the output is not indexed by exactly the parallel axes")
+    _require(nest.output.axes == parallel, nest, "the output is not indexed by exactly the parallel axes")
+    return verify_loops(nest)
+
+
+def verify_loops(nest: Nest) -> Nest:
+    """Check what a schedule adds to a verified nest: fused axes, loops and stages."""
     fused_parts = [p for f in nest.fused for p in f.parts]
-    require(len(set(fused_parts)) == len(fused_parts), "an axis is fused twice")
+    _require(len(set(fused_parts)) == len(fused_parts), nest, "an axis is fused twice")
     for fused in nest.fused:
-        require(len({nest.axis(p).reduce for p in fused.parts}) == 1, f"{fused.name} mixes kinds of axes")
+        kinds = {nest.axis(p).reduce for p in fused.parts}
+        _require(len(kinds) == 1, nest, "{} mixes kinds of axes", fused.name)
         for part, extent in zip(fused.parts, fused.extents):
             own = nest.axis(part).extent
-            require(own is not None and extent >= own, f"{fused.name} cuts or flattens the batch in {part}")
-    _verify_loops(nest, [a for a in names if a not in fused_parts], require)
+            _require(own is not None and extent >= own, nest, "{} cuts or flattens {}", fused.name, part)
+    looped = {loop.axis for loop in nest.loops}
+    plain = [a.name for a in nest.axes if a.name not in fused_parts]
+    _require(
+        looped == {*plain, *(f.name for f in nest.fused)}, nest, "loops over {} miss or repeat axes", sorted(looped)
+    )
+    for name in looped:
+        _verify_digits(nest, name)
+    grids = sum(loop.bind == "grid" for loop in nest.loops)
+    start, accumulate = nest.tile_start, nest.accumulate_from
+    for i, loop in enumerate(nest.loops):
+        _require(loop.bind in BINDS, nest, "unknown bind {}", loop.bind)
+        _require(loop.bind not in VECTOR_BINDS or i >= start, nest, "{} outside the register tile", loop.bind)
+        _require((loop.bind == "grid") == (i < grids), nest, "grid inside another loop")
+        inside = i >= start or accumulate <= i or loop.bind == "grid"
+        _require(
+            inside or not nest.is_reduce(loop.axis), nest, "the reduction {} is outside a parallel loop", loop.axis
+        )
+    staged = [s.tensor for s in nest.stages]
+    _require(len(set(staged)) == len(staged), nest, "a tensor is staged twice")
+    for stage in nest.stages:
+        known = stage.tensor in {a.tensor for a in (*nest.factors, nest.output)}
+        _require(known, nest, "{} cannot be staged", stage.tensor)
+        last = accumulate if stage.tensor == nest.output.tensor else start
+        _require(
+            grids <= stage.level <= last, nest, "{} is staged at {}, not {}..{}", stage.tensor, stage.level, grids, last
+        )
     return nest
 
 
-def _verify_loops(nest: Nest, plain: list[str], require) -> None:  # type: ignore[no-untyped-def]
-    looped = {loop.axis for loop in nest.loops}
-    require(looped == {*plain, *(f.name for f in nest.fused)}, f"loops over {sorted(looped)} miss or repeat axes")
-    for name in looped:
-        own = [loop for loop in nest.loops if loop.axis == name]
-        if nest.extent(name) is None:
-            require(len(own) == 1 and own[0].count is None and own[0].step == 1, f"the batch axis {name} is split")
-            require(own[0].bind in ("grid", "serial"), f"the batch axis {name} is bound to {own[0].bind}")
-            continue
-        span = 1
-        for loop in sorted(own, key=lambda p: p.step):
-            require(loop.count is not None and loop.count > 0, f"a loop over {name} has count {loop.count}")
-            require(loop.step == span or loop.count == 1, f"the digits of {name} overlap or leave gaps")
-            span *= loop.count or 1
-        extent = nest.extent(name)
-        require(extent is not None and span >= extent, f"the digits of {name} reach {span} of {extent}")
-    for i, loop in enumerate(nest.loops):
-        require(loop.bind in BINDS, f"unknown bind {loop.bind}")
-        require(loop.bind not in VECTOR_BINDS or i >= nest.tile_start, f"{loop.bind} outside the register tile")
-        require(loop.bind != "grid" or all(p.bind == "grid" for p in nest.loops[:i]), "grid inside another loop")
-        inside = nest.accumulate_from <= i < nest.tile_start
-        reduces = nest.is_reduce(loop.axis)
-        require(
-            not reduces or inside or loop.bind == "grid" or i >= nest.tile_start,
-            f"the reduction over {loop.axis} runs outside a parallel loop",
-        )
-        if reduces and nest.extent(loop.axis) is not None and nest.covers(loop.axis) != nest.extent(loop.axis):
-            fused = nest.fused_axis(loop.axis)
-            guarded = {i.terms[0][0] for a in nest.factors for i in a.indices if len(i.terms) == 1 and i.divisor == 1}
-            require(set(fused.parts if fused else [loop.axis]) <= guarded, f"nothing ends the reduction {loop.axis}")
-    for stage in nest.stages:
-        require(stage.tensor in {a.tensor for a in (*nest.factors, nest.output)}, f"{stage.tensor} is not staged")
-        last = nest.accumulate_from if stage.tensor == nest.output.tensor else nest.tile_start
-        first = sum(loop.bind == "grid" for loop in nest.loops)
-        require(first <= stage.level <= last, f"{stage.tensor} is staged at level {stage.level}, not {first}..{last}")
-    require(len({s.tensor for s in nest.stages}) == len(nest.stages), "a tensor is staged twice")
+def _verify_digits(nest: Nest, name: str) -> None:
+    own = [loop for loop in nest.loops if loop.axis == name]
+    extent = nest.extent(name)
+    if extent is None:
+        _require(len(own) == 1 and own[0].count is None and own[0].step == 1, nest, "the batch {} is split", name)
+        _require(own[0].bind in ("grid", "serial"), nest, "the batch {} is bound to {}", name, own[0].bind)
+        return
+    span = 1
+    for loop in sorted(own, key=lambda p: p.step):
+        _require(loop.count is not None and loop.count > 0, nest, "a loop over {} has count {}", name, loop.count)
+        _require(loop.step == span or loop.count == 1, nest, "the digits of {} overlap or leave gaps", name)
+        span *= loop.count or 1
+    _require(span >= extent, nest, "the digits of {} reach {} of {}", name, span, extent)
+    if nest.is_reduce(name) and span > extent:
+        # Overshoot must add nothing: a factor that is indexed by the axis alone is zero there.
+        fused = nest.fused_axis(name)
+        ended = {i.terms[0][0] for a in nest.factors for i in a.indices if len(i.terms) == 1 and i.divisor == 1}
+        _require(set(fused.parts if fused else [name]) <= ended, nest, "nothing ends the reduction {}", name)

@@ -18,6 +18,9 @@ from .nest import Access, Linear, Nest
 from .place import Env, Guard, Place, Placer, resolve
 from .prelude_cpp import PRELUDE
 
+Pointers = dict[tuple[str, tuple[tuple[str, int], ...]], str]
+"""The C++ pointer for each (tensor, run-time part of an address)."""
+
 MEMORY_TYPES = {"float32": "float", "float64": "double", "bfloat16": "bf16", "float16": "half"}
 MAX_TERMS = 3000
 MAX_ACCUMULATORS = 128
@@ -342,31 +345,50 @@ class _Printer:
 
     def terms(self, terms: list[tuple[tuple[int, ...], list[Place]]], stream: int, guarded: bool) -> None:
         """Loads and multiply-adds, each streamed load followed by all that uses it."""
-        pointers: dict[tuple[str, tuple[tuple[str, int], ...]], str] = {}
+        pointers: Pointers = {}
         for _, places in terms:
             for place in places:
                 origin = (place.tensor, place.address.terms)
                 if origin not in pointers:
                     pointers[origin] = self.fresh("q")
                     self.pointer(pointers[origin], place)
-        held: dict[Place, str] = {}
-        for _, places in terms:
-            for f, place in enumerate(places):
-                if f != stream and place not in held:
-                    held[place] = self.fresh("k")
-                    self.load(held[place], place, pointers, guarded)
-        uses: dict[Place, list[tuple[tuple[int, ...], list[str]]]] = {}
+        uses: dict[Place, list[tuple[tuple[int, ...], list[Place]]]] = {}
         for key, places in terms:
-            others = [held[p] for f, p in enumerate(places) if f != stream]
+            others = [p for f, p in enumerate(places) if f != stream]
             uses.setdefault(places[stream], []).append((key, others))
         ordered = sorted(uses, key=lambda p: (p.address.terms, p.address.const))
+        held: dict[Place, str] = {}
         for condition, group in itertools.groupby(ordered, key=lambda p: self.condition(p) if guarded else "true"):
-            with self.block("" if condition == "true" else f"if ({condition})"):
-                for place in group:
-                    name = self.fresh("x")
-                    self.load(name, place, pointers, guarded and place.tail is not None, conditional=False)
-                    for key, others in uses[place]:
-                        self.emit(f"{self.name(key)} += {' * '.join([name, *others])};")
+            streamed = list(group)
+            if condition == "true":
+                self.stream(streamed, uses, held, pointers, guarded)
+                continue
+            # What outlives the guarded block is loaded before it.
+            self.hold([o for p in streamed for _, others in uses[p] for o in others], held, pointers, guarded)
+            with self.block(f"if ({condition})"):
+                self.stream(streamed, uses, held, pointers, guarded)
+
+    def hold(self, places: list[Place], held: dict[Place, str], pointers: Pointers, guarded: bool) -> None:
+        """Load, at their first use, the factors that stay in registers while others stream by."""
+        for place in places:
+            if place not in held:
+                held[place] = self.fresh("k")
+                self.load(held[place], place, pointers, guarded)
+
+    def stream(
+        self,
+        places: list[Place],
+        uses: dict[Place, list[tuple[tuple[int, ...], list[Place]]]],
+        held: dict[Place, str],
+        pointers: Pointers,
+        guarded: bool,
+    ) -> None:
+        for place in places:
+            name = self.fresh("x")
+            self.load(name, place, pointers, guarded, conditional=False)
+            for key, others in uses[place]:
+                self.hold(others, held, pointers, guarded)
+                self.emit(f"{self.name(key)} += {' * '.join([name, *(held[o] for o in others)])};")
 
     def pointer(self, name: str, place: Place) -> None:
         shift = Linear(0, place.address.terms)
@@ -387,7 +409,7 @@ class _Printer:
         self,
         name: str,
         place: Place,
-        pointers: dict[tuple[str, tuple[tuple[str, int], ...]], str],
+        pointers: Pointers,
         guarded: bool,
         conditional: bool = True,
     ) -> None:

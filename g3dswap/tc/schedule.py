@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import NestError, ScheduleError
-from .nest import BINDS, Fused, Loop, Nest, Stage, verify
+from .nest import BINDS, Fused, Loop, Nest, Stage, verify_loops
 
 
 @dataclass(frozen=True, order=True)
@@ -108,7 +108,7 @@ def apply(nest: Nest, schedule: Schedule) -> Nest:
         scheduled = replace(nest, fused=fused, loops=(), stages=(), _by_name={})
         loops = _loops(scheduled, schedule)
         stages = tuple(Stage(tensor, level) for tensor, level in schedule.stage)
-        return verify(replace(scheduled, loops=loops, stages=stages, _by_name={}))
+        return verify_loops(replace(scheduled, loops=loops, stages=stages, _by_name={}))
     except (NestError, KeyError) as error:
         raise ScheduleError(f"schedule [{schedule}] does not fit nest {nest.name}: {error}") from error
 

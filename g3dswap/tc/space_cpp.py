@@ -18,7 +18,7 @@ from .model_cpp import cost
 from .nest import Nest
 from .schedule import Digit, Schedule, apply, fused_name
 
-MAX_TERMS = 700
+MAX_TERMS = 450
 MAX_ACCUMULATORS = 32
 SIDE = 7
 """An axis of up to this extent (the side of a kernel) may be unrolled whole."""
@@ -102,7 +102,7 @@ def orders(nest: Nest, lanes: tuple[str, ...]) -> list[tuple[tuple[str, ...], in
     """Loop orders, each with its number of parallel loops: the batch and enough axes for the cores, then the
     parallel axes, then the reductions."""
     names = list(dict.fromkeys(fused_name(lanes) if a.name in lanes else a.name for a in nest.axes))
-    extents = {n: math.prod(nest.extent(a) or 1 for a in (lanes if n == fused_name(lanes) else (n,))) for n in names}
+    extents = {n: math.prod(nest.extent(a) or 0 for a in (lanes if n == fused_name(lanes) else (n,))) for n in names}
     parallel = [n for n in names if not nest.is_reduce(n.split("*")[0])]
     reduce = [n for n in names if n not in parallel]
     # The channel axes come first in every tensor of the product, so the second of them is the one
@@ -115,7 +115,12 @@ def orders(nest: Nest, lanes: tuple[str, ...]) -> list[tuple[tuple[str, ...], in
         rest = others[count:]
         for order in dict.fromkeys([tuple(rest), tuple(rest[1:2] + rest[:1] + rest[2:]), tuple(rest[1:] + rest[:1])]):
             found.append(((*grid, *order, *reduce), len(grid)))
-    tasks = [math.prod(extents[n] for n in order[:grid]) for order, grid in found]
+    for order, grid in list(found):
+        # A batch that is reduced can be split over the tasks; what is staged then serves all results.
+        found += [
+            ((*order[:grid], n, *(o for o in order[grid:] if o != n)), grid + 1) for n in reduce if extents[n] == 0
+        ]
+    tasks = [max(1, math.prod(extents[n] or 1 for n in order[:grid])) for order, grid in found]
     enough = [f for f, t in zip(found, tasks) if t >= 2]
     return enough or found
 
@@ -126,11 +131,21 @@ def tile_choices(nest: Nest, axis: str, lanes: tuple[str, ...], width: int) -> l
         vectors = -(-math.prod(nest.extent(a) or 1 for a in lanes) // width)
         return [c for c in (1, 2, 3, 4, 6, 8) if c <= max(1, vectors)]
     extent = nest.extent(axis)
-    if extent is None:
+    if extent is None or not shares(nest, axis):
         return [1]
     split = -(-extent // phases(nest).get(axis, 1))
     choices = {c for c in (1, 2, 3, 4, 6, 8, 12, 16) if c <= split}
     return sorted(choices | ({split} if split <= SIDE else set()))
+
+
+def shares(nest: Nest, axis: str) -> bool:
+    """Whether unrolling an axis lets terms share a load: a factor does without it, or shifts it by another."""
+    fused = nest.fused_axis(axis)
+    names = set(fused.parts if fused else axis.split("*"))
+    return any(
+        not access.axes & names or any(len(i.terms) > 1 and i.axes & names for i in access.indices)
+        for access in nest.factors
+    )
 
 
 def stage_sets(nest: Nest) -> Iterator[tuple[str, ...]]:
@@ -139,13 +154,33 @@ def stage_sets(nest: Nest) -> Iterator[tuple[str, ...]]:
         yield from itertools.combinations(names, size)
 
 
+def _side(nest: Nest, axis: str) -> bool:
+    """Whether an axis is a side of a kernel: it is added to a longer axis in some index."""
+    extent = nest.extent(axis) or 0
+    return any(
+        i.coefficient(axis) and any((nest.extent(a) or 0) > extent for a in i.axes)
+        for f in nest.factors
+        for i in f.indices
+        if len(i.terms) > 1
+    ) or nest.is_reduce(axis)
+
+
+def first_level(nest: Nest, tensor: str, order: tuple[str, ...], grid: int) -> int:
+    """The outermost level at which a tensor can be staged: inside the parallel loops and the batch."""
+    access = next(a for a in nest.accesses if a.tensor == tensor)
+    batch = [order.index(a) + 1 for a in access.axes if nest.extent(a) is None]
+    return max([grid, *batch])
+
+
 def start(nest: Nest, lanes: tuple[str, ...], staged: tuple[str, ...]) -> Point | None:
     """A legal point of a family, or None where the family has none."""
     width = width_of(nest, lanes)
-    small = [(a.name, a.extent) for a in nest.axes if a.reduce and a.extent and 1 < a.extent <= SIDE and a.name not in lanes]
+    sides = (a for a in nest.axes if a.extent and 1 < a.extent <= SIDE and a.name not in lanes)
+    small = [(a.name, a.extent or 1) for a in sides if _side(nest, a.name)]
     for order, grid in orders(nest, lanes):
         for tile in (small, small[-2:], small[-1:], []):
-            point = Point(lanes, width, order, grid, tuple(tile), tuple((t, grid) for t in staged))
+            stages = tuple((t, first_level(nest, t, order, grid)) for t in staged)
+            point = Point(lanes, width, order, grid, tuple(tile), stages)
             if math.prod(c for _, c in tile) <= MAX_TERMS and evaluate(nest, point, 2) is not None:
                 return point
     return None
@@ -164,35 +199,57 @@ def evaluate(nest: Nest, point: Point, threads: int) -> float | None:
         return None
 
 
-def neighbours(nest: Nest, point: Point) -> list[Point]:
-    """Points that differ in one choice."""
+def _with_tile(point: Point, axis: str, count: int) -> Point:
+    changed = {**dict(point.tile), axis: count}
+    # Tile digits keep the loop order, so that equal tiles are equal points.
+    return replace(point, tile=tuple((a, changed[a]) for a in point.order if changed.get(a, 1) > 1))
+
+
+def _parallel(nest: Nest, point: Point) -> int:
+    return sum(not nest.is_reduce(a.split("*")[0]) for a in point.order)
+
+
+def _with_stages(nest: Nest, point: Point) -> list[Point]:
+    """The same point with one stage, or all of them, at another level."""
     found = []
-    tile = dict(point.tile)
-    for axis in point.order:
-        for count in tile_choices(nest, axis, point.lanes, point.width):
-            if count != tile.get(axis, 1):
-                changed = {**tile, axis: count}
-                # Tile digits keep the loop order, so that equal tiles are equal points.
-                own = tuple((a, changed[a]) for a in point.order if changed.get(a, 1) > 1)
-                found.append(replace(point, tile=own))
-    parallel = sum(not nest.is_reduce(a.split("*")[0]) for a in point.order)
+    parallel = _parallel(nest, point)
     for i, (tensor, level) in enumerate(point.stages):
         last = parallel if tensor == nest.output.tensor else len(point.order)
-        for other in range(point.grid, last + 1):
+        for other in range(first_level(nest, tensor, point.order, point.grid), last + 1):
             if other != level:
                 found.append(replace(point, stages=(*point.stages[:i], (tensor, other), *point.stages[i + 1 :])))
     if len(point.stages) > 1:
-        for other in range(point.grid, parallel + 1):
-            found.append(replace(point, stages=tuple((t, other) for t, _ in point.stages)))
-    for order, grid in orders(nest, point.lanes):
-        if (order, grid) != (point.order, point.grid):
-            stages = tuple((t, max(grid, min(level, parallel))) for t, level in point.stages)
-            found.append(replace(point, order=order, grid=grid, stages=stages))
+        found += [replace(point, stages=tuple((t, n) for t, _ in point.stages)) for n in range(point.grid, parallel + 1)]
     return found
 
 
-def climb(nest: Nest, point: Point, threads: int, seen: dict[Point, float | None]) -> None:
-    """Follow the model downhill from a point; every point that is met is left in `seen`."""
+def _with_order(nest: Nest, point: Point) -> list[Point]:
+    found = []
+    parallel = _parallel(nest, point)
+    for order, grid in orders(nest, point.lanes):
+        if (order, grid) != (point.order, point.grid):
+            stages = tuple(
+                (t, max(first_level(nest, t, order, grid), min(level, parallel))) for t, level in point.stages
+            )
+            moved = replace(point, order=order, grid=grid, stages=stages)
+            found.append(_with_tile(moved, order[0], dict(point.tile).get(order[0], 1)))
+    return found
+
+
+def neighbours(nest: Nest, point: Point) -> list[Point]:
+    """Points that differ in one choice."""
+    tile = dict(point.tile)
+    tiles = [
+        _with_tile(point, axis, count)
+        for axis in point.order
+        for count in tile_choices(nest, axis, point.lanes, point.width)
+        if count != tile.get(axis, 1)
+    ]
+    return tiles + _with_stages(nest, point) + _with_order(nest, point)
+
+
+def climb(nest: Nest, point: Point, threads: int, seen: dict[Point, float | None]) -> Point:
+    """Follow the model downhill, one choice after the other; every point that is met is left in `seen`."""
 
     def value(p: Point) -> float:
         if p not in seen:
@@ -200,12 +257,14 @@ def climb(nest: Nest, point: Point, threads: int, seen: dict[Point, float | None
         found = seen[p]
         return math.inf if found is None else found
 
-    best = value(point)
     while True:
-        better = min(neighbours(nest, point), key=value, default=point)
-        if value(better) >= best:
-            return
-        point, best = better, value(better)
+        before = point
+        for axis in point.order:
+            point = min([point, *(_with_tile(point, axis, c) for c in tile_choices(nest, axis, point.lanes, point.width))], key=value)
+        point = min([point, *_with_stages(nest, point)], key=value)
+        point = min([point, *_with_order(nest, point)], key=value)
+        if point == before:
+            return point
 
 
 def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:

@@ -1,0 +1,143 @@
+"""The schedules of a nest on a target: a good one without timing, the best by model, and how to vary one."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import random
+
+from ..errors import ArgumentError, ScheduleError
+from . import model_triton, space_cpp, space_triton
+from .model_cpp import cost as cost_cpp
+from .nest import Nest
+from .print_cpp import print_cpp
+from .print_triton import print_triton
+from .schedule import Digit, Schedule, apply
+
+CLIMBS = 10
+"""Families of C++ schedules whose tiles are worked out; the model puts the others far behind."""
+
+A_FAMILY = 2
+"""Most schedules of one family among the ranked ones, so that a wrong model cannot hide the right family."""
+
+
+class Space:
+    """The search space of one nest on one target ("cpp" or "triton").
+
+    Everything is deterministic; randomness comes from the generators that are passed in.
+    """
+
+    def __init__(self, nest: Nest, target: str, threads: int | None = None) -> None:
+        if target not in ("cpp", "triton"):
+            raise ArgumentError(f"target {target!r} is unknown; use 'cpp' or 'triton'.")
+        self.nest = nest
+        self.target = target
+        self.threads = threads or os.cpu_count() or 1
+
+    def cost(self, schedule: Schedule) -> float:
+        """Model seconds; infinite for a schedule that is not legal here."""
+        try:
+            scheduled = apply(self.nest, schedule)
+            return cost_cpp(scheduled, self.threads) if self.target == "cpp" else model_triton.cost(scheduled)
+        except ScheduleError:
+            return math.inf
+
+    @functools.cached_property
+    def _families(self) -> list[list[tuple[float, Schedule]]]:
+        """Schedules with their model seconds, best first within a family, best family first."""
+        families = self._cpp_families() if self.target == "cpp" else self._triton_families()
+        ordered = [sorted(f, key=lambda pair: (pair[0], str(pair[1]))) for f in families if f]
+        if not ordered:
+            raise ScheduleError(f"no schedule of {self.nest.name} fits target {self.target}; use another kernel for it.")
+        return sorted(ordered, key=lambda f: f[0][0])
+
+    def _cpp_families(self) -> list[list[tuple[float, Schedule]]]:
+        starts = []
+        for lanes in space_cpp.lane_axes(self.nest):
+            for staged in space_cpp.stage_sets(self.nest):
+                point = space_cpp.start(self.nest, lanes, staged)
+                if point is not None:
+                    starts.append((space_cpp.evaluate(self.nest, point, self.threads) or math.inf, point))
+        starts.sort(key=lambda pair: pair[0])
+        families = []
+        for _, point in starts[:CLIMBS]:
+            seen: dict[space_cpp.Point, float | None] = {}
+            space_cpp.climb(self.nest, point, self.threads, seen)
+            families.append([(c, p.schedule(self.nest)) for p, c in seen.items() if c is not None])
+        return families
+
+    def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
+        by_lanes: dict[tuple[tuple[str, ...], ...], list[tuple[float, Schedule]]] = {}
+        for point in space_triton.points(self.nest):
+            schedule = point.schedule(self.nest)
+            seconds = self.cost(schedule)
+            if seconds < math.inf:
+                by_lanes.setdefault(tuple(axes for axes, _ in point.lanes), []).append((seconds, schedule))
+        return list(by_lanes.values())
+
+    def default(self) -> Schedule:
+        """The best schedule by the model that prints.  ScheduleError: there is none."""
+        for _, schedule in sorted((pair for f in self._families for pair in f[:A_FAMILY]), key=lambda p: p[0]):
+            if self._prints(schedule):
+                return schedule
+        raise ScheduleError(f"no schedule of {self.nest.name} prints for {self.target}; use another kernel for it.")
+
+    def ranked(self, limit: int, rng: random.Random) -> list[Schedule]:
+        """Up to `limit` schedules, best first by the model, at most a few of each family."""
+        del rng  # the ranking needs no chance; the signature is the tuner's
+        pairs = sorted((pair for f in self._families for pair in _diverse(f)), key=lambda p: (p[0], str(p[1])))
+        return [schedule for _, schedule in pairs[:limit]]
+
+    def mutate(self, schedule: Schedule, rng: random.Random) -> Schedule:
+        """A legal schedule that differs from this one in a choice or two, or the schedule itself."""
+        for _ in range(20):
+            changed = self._vary(schedule, rng)
+            if changed != schedule and self.cost(changed) < math.inf:
+                return changed
+        return schedule
+
+    def crossover(self, a: Schedule, b: Schedule, rng: random.Random) -> Schedule:
+        """The lanes and order of one parent with tile counts of either; a parent if that is not legal."""
+        if rng.random() < 0.5:
+            a, b = b, a
+        theirs = {(d.axis, d.bind): d.count for d in b.digits if d.bind == "unroll" and not d.phase}
+        digits = tuple(
+            type(d)(d.axis, theirs.get((d.axis, d.bind), d.count), d.bind)
+            if d.bind == "unroll" and not d.phase and rng.random() < 0.5
+            else d
+            for d in a.digits
+        )
+        child = Schedule(digits, a.fuse, a.stage, a.hints)
+        return child if self.cost(child) < math.inf else a
+
+    def random(self, rng: random.Random) -> Schedule:
+        """Any legal schedule, however slow: what the tests draw from."""
+        for _ in range(2000):
+            if self.target == "cpp":
+                schedule = space_cpp.random_point(self.nest, rng).schedule(self.nest)
+            else:
+                schedule = space_triton.random_point(self.nest, rng).schedule(self.nest)
+            if self.cost(schedule) < math.inf and self._prints(schedule):
+                return schedule
+        raise ScheduleError(f"no random schedule of {self.nest.name} is legal for {self.target}.")
+
+    def _vary(self, schedule: Schedule, rng: random.Random) -> Schedule:
+        if self.target == "cpp":
+            return space_cpp.mutate(self.nest, space_cpp.Point.of(schedule), rng).schedule(self.nest)
+        return space_triton.mutate(self.nest, space_triton.Point.of(schedule), rng).schedule(self.nest)
+
+    def _prints(self, schedule: Schedule) -> bool:
+        try:
+            (print_cpp if self.target == "cpp" else print_triton)(apply(self.nest, schedule))
+        except ScheduleError:
+            return False
+        return True
+
+
+def _diverse(family: list[tuple[float, Schedule]]) -> list[tuple[float, Schedule]]:
+    """The best few of a family, of each register tile only the best order and stage levels."""
+    tiles: dict[tuple[Digit, ...], tuple[float, Schedule]] = {}
+    for pair in family:
+        tiles.setdefault(tuple(d for d in pair[1].digits if d.bind not in ("grid", "serial")), pair)
+    return list(tiles.values())[:A_FAMILY]
