@@ -146,8 +146,8 @@ class Chooser:
     ) -> None:
         if tune not in EFFORTS:
             raise ArgumentError(f"tune={tune!r} is unknown; use one of {', '.join(EFFORTS)}.")
-        if not min_speedup > 0:
-            raise ArgumentError(f"min_speedup={min_speedup!r} must be a number above 0, say 1.05.")
+        if not min_speedup >= 0:
+            raise ArgumentError(f"min_speedup={min_speedup!r} must be a number of at least 0, say 1.05.")
         self.cache, self.tune, self.min_speedup = cache, tune, float(min_speedup)
         self.config = config or CONFIGS.get(tune, TunerConfig.quick)()
         self.interrupted = False

@@ -1,4 +1,8 @@
-"""Measured time of a call on a device: cold-enough data, the median, few repeats.
+"""Measured time of a call on a device: cold-enough data, the lower quartile, few repeats.
+
+What disturbs a run (another process on the core that its second thread needs, say) only lengthens it,
+by ten times or more on a busy machine.  The median is then a time of the other processes; the lower
+quartile stays a time of this call as long as a quarter of the runs is undisturbed.
 
 Every run is preceded by reading a buffer larger than the nearest cache that survives between two
 calls (a core's L2 on a CPU, the L2 of a GPU).  Inside a network a layer's operands do not sit in
@@ -20,15 +24,16 @@ import torch
 Call = Callable[[], object]
 Sampler = Callable[[Call], float]
 
+PATIENCE = 5.0
 _L2_OF_A_CORE = 2 << 20  # bytes, where the machine does not say
 _L2_FILE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """A measured time: `seconds` is the median of `repeats` runs.
+    """A measured time: `seconds` is the lower quartile of `repeats` runs.
 
-    `spread` is half the interquartile range over the median (0 for fewer than three runs).
+    `spread` is the interquartile range over that (0 for fewer than three runs).
     """
 
     seconds: float
@@ -38,11 +43,10 @@ class Timing:
 
 def summarize(samples: Sequence[float]) -> Timing:
     """The `Timing` of some runs, each in seconds; at least one."""
-    median = statistics.median(samples)
-    if len(samples) < 3 or median <= 0:
-        return Timing(median, 0.0, len(samples))
+    if len(samples) < 3:
+        return Timing(min(samples), 0.0, len(samples))
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(median, (high - low) / 2 / median, len(samples))
+    return Timing(low, (high - low) / low if low > 0 else 0.0, len(samples))
 
 
 def measure(
@@ -51,28 +55,25 @@ def measure(
     seconds: float,
     *,
     above: float | None = None,
-    min_repeats: int = 3,
+    min_repeats: int = 5,
     max_repeats: int = 50,
 ) -> Timing:
     """Run `call` repeatedly for about `seconds`, each run timed by `sample`.
 
-    The first run is a warm-up and is not counted, unless it alone uses up the budget.  `above`
-    gives up early: a call that is slower than that in its first two runs is not measured further.
+    The first run is a warm-up and is not counted, unless it alone uses up the budget.  Fewer than
+    `min_repeats` are made only where they would take `PATIENCE` times the budget.  `above` gives up
+    early: a call that is slower than that in its first three runs is not measured further.
     """
-    start = time.perf_counter()
-    first = sample(call)
-    if first >= seconds:
-        return Timing(first, 0.0, 1)
-    if above is not None and first > above:
-        second = sample(call)
-        if second > above:
-            return Timing(min(first, second), 0.0, 2)
-    samples: list[float] = []
-    while len(samples) < max_repeats:
-        samples.append(sample(call))
-        if len(samples) >= min_repeats and time.perf_counter() - start >= seconds:
+    samples = [sample(call)]
+    warm_ups = 1 if samples[0] < seconds else 0
+    while len(samples) - warm_ups < max_repeats:
+        enough = len(samples) - warm_ups >= min_repeats
+        if sum(samples) >= (seconds if enough else PATIENCE * seconds):
             break
-    return summarize(samples)
+        if above is not None and len(samples) == 3 and min(samples) > above:
+            return Timing(min(samples), 0.0, 3)
+        samples.append(sample(call))
+    return summarize(samples[warm_ups:])
 
 
 def sampler(device: str) -> Sampler:

@@ -100,7 +100,7 @@ class TunerConfig:
     seconds: float
     build_timeout: float
     workers: int = 0
-    sample_seconds: float = 0.03
+    sample_seconds: float = 0.04
     final_rounds: int = 3
     finalists: int = 2
     prune: float = 2.5
@@ -396,7 +396,7 @@ class _Search(Generic[S, C]):
             self.report()
             if self.elapsed > self.config.seconds:
                 break
-        return [_median(timings) for timings in rounds]
+        return [_fastest(timings) for timings in rounds]
 
     def winner(self, chosen: list[Trial[S]], timings: list[Timing]) -> Trial[S]:
         """The fastest; of those as fast as it within `tie`, the one that the model finds cheapest."""
@@ -415,11 +415,10 @@ def _retimed(trial: Trial[S], timing: Timing) -> Trial[S]:
     return replace(trial, seconds=timing.seconds, spread=timing.spread)
 
 
-def _median(rounds: Sequence[Timing]) -> Timing:
-    """The median of the rounds; its spread is the widest of a round's own and the one between rounds."""
-    seconds = statistics.median(t.seconds for t in rounds)
-    between = statistics.median(abs(t.seconds - seconds) for t in rounds) / seconds if seconds > 0 else 0.0
-    return Timing(seconds, max(between, *(t.spread for t in rounds)), sum(t.repeats for t in rounds))
+def _fastest(rounds: Sequence[Timing]) -> Timing:
+    """The fastest round, as the others were disturbed; all contenders have had equally many."""
+    best = min(rounds, key=lambda timing: timing.seconds)
+    return replace(best, repeats=sum(timing.repeats for timing in rounds))
 
 
 def category(error: BaseException) -> str:
