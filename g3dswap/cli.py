@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.table import Table
 from torch import Tensor, nn
 
 import g3dswap
-from g3dswap import checkpoint, containers, environment
+from g3dswap import checkpoint, containers
 from g3dswap.cache_commands import cache
 from g3dswap.checkpoint import Checkpoint
-from g3dswap.choose import open_cache
 from g3dswap.errors import ArgumentError
 from g3dswap.options import (
     EXIT_CODES,
+    NOT_BOTH,
     PATH,
     Commands,
-    Parsed,
     Shape,
     Source,
     cache_option,
+    clean_stdout,
+    emit,
     force_option,
     json_option,
     print_table,
@@ -35,13 +31,7 @@ from g3dswap.options import (
     source_options,
     tuning_options,
 )
-from g3dswap.problem import DIRECTIONS
-from g3dswap.show import STAGES, UNSCHEDULED, parse_schedule, schedule_for, stages, unscheduled
-from g3dswap.show import problem as pass_problem
-from g3dswap.tc.kernel import TARGETS, target_of
-from g3dswap.tc.schedule import Schedule
-
-SCHEDULE = Parsed("JSON", parse_schedule)
+from g3dswap.show_commands import env, show
 
 
 @click.group(cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -54,26 +44,16 @@ def main() -> None:
     """
 
 
-main.add_command(cache)
-
-
-def emit(data: Any, text: str, as_json: bool) -> None:
-    """Print one or the other on stdout."""
-    click.echo(json.dumps(data, indent=2, default=str) if as_json else text)
-
-
-@contextlib.contextmanager
-def clean_stdout() -> Iterator[None]:
-    """What a model prints in its forward goes to stderr, so that stdout is what the command says."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+for _command in (cache, show, env):
+    main.add_command(_command)
 
 
 @main.command()
 @click.argument("file", type=PATH, required=False)
 @source_options
+@cache_option
 @json_option
-def inspect(file: Path | None, source: Source, as_json: bool) -> None:
+def inspect(file: Path | None, source: Source, cache: Path | None, as_json: bool) -> None:
     """Show what a conversion would do; changes nothing.
 
     Without --arch, list what the weights in FILE tell.
@@ -84,7 +64,7 @@ def inspect(file: Path | None, source: Source, as_json: bool) -> None:
         return
     with clean_stdout():
         model, _ = source.model(stored)
-        report = g3dswap.inspect(model, source.example_inputs(model))
+        report = g3dswap.inspect(model, source.example_inputs(model), cache=cache)
     emit(report.to_dict(), str(report), as_json)
 
 
@@ -113,12 +93,26 @@ def _list_weights(stored: Checkpoint, as_json: bool) -> None:
 @click.option("-o", "--output", type=PATH, required=True, help="File to write, in the format of FILE.")
 @source_options
 @tuning_options("quick")
+@click.option(
+    "--verify",
+    type=click.Choice(["layers", "model", "none"]),
+    default="layers",
+    show_default=True,
+    help="Compare with float64 each swapped layer, which stays as it was if it fails, or the whole model "
+    "too, where a failure writes nothing.",
+)
 @force_option
 @json_option
 def convert(
-    file: Path, output: Path, source: Source, tuning: dict[str, Any], force: bool, as_json: bool
+    file: Path,
+    output: Path,
+    source: Source,
+    tuning: dict[str, Any],
+    verify: str,
+    force: bool,
+    as_json: bool,
 ) -> None:
-    """Convert the model of FILE, verify it, and write it to OUTPUT.
+    """Convert the model of FILE, check it, and write it to OUTPUT.
 
     OUTPUT loads where FILE loaded. The choices of kernels go beside it: fast.pth, fast.plan.json. Both
     appear whole or not at all.
@@ -126,14 +120,19 @@ def convert(
     plan = output.with_suffix(".plan.json")
     for path in (output, plan):
         containers.check_output(path, force=force)
-    if not source.inputs and not tuning["plan"]:
+    if not source.inputs and (verify == "model" or not tuning["plan"]):
         raise click.UsageError("Kernels are tuned for shapes: give the model's with --input, or a --plan.")
     stored = source.read(file)
     if stored.module is not None and source.dtype:
         raise ArgumentError(f"{file} holds a whole module, which --dtype would change; leave --dtype out.")
     with clean_stdout():
         model, fitted = source.model(stored)
-        fast = g3dswap.convert(model, source.example_inputs(model), inplace=True, **tuning)
+        inputs = source.example_inputs(model)
+        # Only a comparison of whole models needs the original beside the converted one.
+        options = {"inplace": verify != "model", "verify": verify != "none", **tuning}
+        fast = g3dswap.convert(model, inputs, **options)
+        if verify == "model":
+            g3dswap.verify(model, fast, inputs).check()
     report = g3dswap.report(fast)
     _write_both(output, plan, fitted or stored, fast.to("cpu"), force)
     data = {**report.to_dict(), "output": str(output), "plan": str(plan)}
@@ -170,7 +169,7 @@ def tune(
     g3dswap tune --channels 64 --size 16x56x56 --kernel 3 --padding 1 --batch 8
     """
     if shape and (file or source.arch):
-        raise click.UsageError("Give either a model or a convolution (--channels ...), not both.")
+        raise click.UsageError(NOT_BOTH)
     if not shape and not source.inputs:
         raise click.UsageError("Kernels are tuned for shapes: give the model's with --input.")
     with clean_stdout():
@@ -205,67 +204,3 @@ def verify(original: Path, converted: Path, source: Source, tuning: dict[str, An
         verification = g3dswap.verify(before, after, inputs)
     emit(verification.to_dict(), str(verification), as_json)
     verification.check()
-
-
-@main.command()
-@source_options
-@shape_options
-@cache_option
-@click.option("--pass", "direction", type=click.Choice(DIRECTIONS), default="forward", show_default=True)
-@click.option("--target", type=click.Choice(TARGETS), help="Kernel language; the device's by default.")
-@click.option("--stage", type=click.Choice(STAGES), help="One form only; by default all of them.")
-@click.option("--schedule", type=SCHEDULE, help="JSON; by default the tuned one, if there is any.")
-@json_option
-def show(
-    source: Source,
-    shape: Shape | None,
-    cache: Path | None,
-    direction: str,
-    target: str | None,
-    stage: str | None,
-    schedule: Schedule | None,
-    as_json: bool,
-) -> None:
-    """Print every form of a convolution's pass: notation, nest, scheduled nest, source text.
-
-    \b
-    g3dswap show --channels 64 --size 16x56x56 --kernel 3 --padding 1 --pass grad_input
-    """
-    if shape is None:
-        raise click.UsageError("Say which convolution: --channels, --size and so on.")
-    dtype = source.dtype or torch.float32
-    problem = pass_problem(direction, shape.geometry, dtype, source.layout, source.device.type, shape.bias)
-    if stage in UNSCHEDULED and not as_json:  # at once, without looking for a schedule
-        click.echo(unscheduled(problem)[stage])
-        return
-    target = target or target_of(problem.device)
-    origin = "given"
-    if schedule is None:
-        schedule, origin = schedule_for(problem, target, open_cache(cache))
-    forms = stages(problem, schedule, target)
-    if as_json:
-        data = {"problem": str(problem), "target": target, "schedule": schedule.to_json(), "origin": origin}
-        emit({**data, **forms}, "", True)
-    elif stage:
-        click.echo(forms[stage])
-    else:
-        click.echo(f"{problem}\n{target} schedule ({origin}): {schedule}")
-        for name, text in forms.items():
-            click.echo(f"\n{name}\n{'-' * len(name)}\n{text}")
-
-
-@main.command()
-@json_option
-def env(as_json: bool) -> None:
-    """Show versions, devices, the compiler and the cache: what a bug report needs."""
-    facts = environment.describe()
-    lines = [f"{name:12} {_plain(value)}" for name, value in facts.items()]
-    emit(facts, "\n".join(lines), as_json)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return "; ".join(map(_plain, value)) or "none"
-    return "none" if value is None else str(value)

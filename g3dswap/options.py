@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -300,7 +302,9 @@ shape_options = _gathered(
     _shape,
 )
 
-cache_option = click.option("--cache", type=PATH, help="Directory of the options cache.")
+cache_option = click.option(
+    "--cache", type=click.Path(file_okay=False, path_type=Path), help="Directory of the options cache."
+)
 
 
 def tuning_options(default: str) -> Callable[[Command], Command]:
@@ -334,6 +338,21 @@ def print_table(table: Table) -> None:
     """As wide as the terminal; in a pipe as wide as it needs to be, so that no name is folded."""
     width = None if sys.stdout.isatty() else 1000
     Console(markup=False, highlight=False, width=width).print(table)
+
+
+NOT_BOTH = "Give either a model or a convolution (--channels ...), not both."
+
+
+def emit(data: Any, text: str, as_json: bool) -> None:
+    """Print one or the other on stdout."""
+    click.echo(json.dumps(data, indent=2, default=str) if as_json else text)
+
+
+@contextlib.contextmanager
+def clean_stdout() -> Iterator[None]:
+    """What a model prints in its forward goes to stderr, so that stdout is what the command says."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")

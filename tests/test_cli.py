@@ -78,7 +78,7 @@ class Api:
             raise self.outcome
         return model
 
-    def inspect(self, model: nn.Module, example_inputs: Any = None) -> FakeReport:
+    def inspect(self, model: nn.Module, example_inputs: Any = None, cache: Any = None) -> FakeReport:
         self.calls.append(("inspect", (model, example_inputs)))
         return FakeReport()
 
@@ -250,6 +250,7 @@ def test_convert_hands_all_options_on(api: Api, weights: dict[str, Tensor]) -> N
     succeeds("convert", "model.pth", "-o", "fast.pth", *ARCH, *inputs, *options, '{"width": 8}')
     assert api.options == {
         "inplace": True,
+        "verify": True,
         "tune": "full",
         "cache": Path("here"),
         "plan": Path("a.json"),
@@ -272,6 +273,7 @@ def test_convert_defaults(api: Api, weights: dict[str, Tensor]) -> None:
     succeeds("convert", "model.pth", "-o", "fast.pth", *ARCH)
     assert api.options == {
         "inplace": True,
+        "verify": True,
         "tune": "quick",
         "cache": None,
         "plan": None,
@@ -281,6 +283,23 @@ def test_convert_defaults(api: Api, weights: dict[str, Tensor]) -> None:
         "strict": False,
         "progress": True,
     }
+
+
+def test_convert_verifies_the_whole_model_if_asked(api: Api, weights: dict[str, Tensor]) -> None:
+    words = ["convert", "model.pth", "-o", "fast.pth", *ARCH, "--verify"]
+    api.ok = False
+    succeeds(*words, "none")
+    assert (api.options["inplace"], api.options["verify"]) == (True, False)
+    Path("fast.pth").unlink()
+    Path("fast.plan.json").unlink()
+    result = run(*words, "model")
+    assert (api.options["inplace"], api.options["verify"]) == (False, True)
+    assert [name for name, _ in api.calls] == ["convert", "convert", "verify"]
+    assert result.exit_code == 3
+    assert result.stderr.endswith("error: 1 of 9 tensors differ.\n")
+    assert names() == ["model.pth", "user_nets.py"]
+    api.ok = True
+    succeeds(*words, "model")
 
 
 def test_json_alone_is_on_stdout(api: Api, weights: dict[str, Tensor]) -> None:
@@ -584,7 +603,7 @@ def test_warnings_are_lines(monkeypatch: pytest.MonkeyPatch, weights: dict[str, 
     script = (
         "import warnings, g3dswap\n"
         "from g3dswap import cli, errors\n"
-        "def inspect(*_):\n"
+        "def inspect(*_, **__):\n"
         "    warnings.warn('Careful.', errors.G3DSwapWarning)\n"
         "    raise errors.ConvertError('No.')\n"
         "g3dswap.inspect = inspect\n"

@@ -407,6 +407,20 @@ COMMAND_LINE = [
         "stride=(0, 0, 0) must be three integers (time, height, width) of at least 1.",
     ),
     # Schedules
+    Mistake("show", "Say which convolution: --channels and --size, or a model's with --input.", 2),
+    Mistake(
+        f"show {GIVEN} --channels 4 --size 5",
+        "Give either a model or a convolution (--channels ...), not both.",
+        2,
+    ),
+    Mistake(
+        f"show {GIVEN} --layer conv",
+        "The model has no grouped layer 'conv'; there are 0.",
+    ),
+    Mistake(
+        "show --arch nets:plain --input 1x4x5x5x5 --device cpu",
+        "The model has no convolution with groups > 1 that could be swapped; give another --arch.",
+    ),
     Mistake(
         "show --channels 4 --size 5 --schedule {",
         "Invalid value for '--schedule': '{' is no JSON (Expecting property name enclosed in double "
@@ -420,6 +434,15 @@ COMMAND_LINE = [
         2,
     ),
     # The cache
+    Mistake(
+        "cache prune --all --cache taken.pth",
+        "Invalid value for '--cache': Directory 'taken.pth' is a file.",
+        2,
+    ),
+    Mistake(
+        "cache show abc",
+        "no entry begins with abc in CACHE; `g3dswap cache ls` lists them.",
+    ),
     Mistake(
         "cache import old.jsonl",
         "old.jsonl cannot be imported (REASON) and nothing was changed; export it again with a "
@@ -441,7 +464,8 @@ def test_command_line(mistake: Mistake, folder: Path) -> None:
     before = snapshot(folder)
     result = CliRunner().invoke(cli.main, mistake.words.split(), prog_name="g3dswap")
     assert result.exit_code == mistake.code, result.output
-    answer = re.escape(mistake.answer).replace("REASON", "[^;]+")
+    cache = folder.parent / "cache"
+    answer = re.escape(mistake.answer).replace("REASON", "[^;]+").replace("CACHE", re.escape(str(cache)))
     if mistake.code == 1:
         assert re.fullmatch(rf"error: {answer}\n", result.stderr), result.stderr
     else:
@@ -449,7 +473,7 @@ def test_command_line(mistake: Mistake, folder: Path) -> None:
     assert result.stdout == ""
     assert snapshot(folder) == before
     assert not Path(MARKER).exists()
-    assert not snapshot(folder.parent / "cache")
+    assert not snapshot(cache)
 
 
 @dataclass(frozen=True)
