@@ -1,0 +1,285 @@
+"""Prints a scheduled nest as a Triton kernel.
+
+Grid loops are decoded from one flat program id, lanes become the dimensions of a tile, `unroll` becomes
+straight-line code in which equal loads are made once, and rows, cols and depth become a matrix product.
+Every address and mask that does not change inside a loop is made outside it; loads stay at the tile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+from ..errors import ScheduleError
+from .nest import VECTOR_BINDS, Access, Loop, Nest
+from .place import Env
+from .place_nd import Spot
+from .triton_text import Expressions, parts
+
+MAX_TERMS = 2000
+MAX_ACCUMULATORS = 128
+MAX_TILE = 1 << 16
+MIN_DOT = 16
+
+Key = tuple[int, ...]
+
+
+def print_triton(nest: Nest) -> str:
+    """The source text of a module with one function, ``kernel(*operands, out, batch)``.
+
+    It is to be launched on one program for each step of the grid loops, in one dimension.
+
+    ScheduleError: the schedule has no meaning for this target (stages, lanes that are no power of two,
+    a matrix product of float64, ...).
+    """
+    _check(nest)
+    return _Printer(nest).print()
+
+
+def _check(nest: Nest) -> None:
+    """The rules of this target."""
+    if nest.stages:
+        raise ScheduleError(f"Triton has no stages, but {nest.stages[0].tensor} has one; leave it out.")
+    vectors = [p for p in nest.loops if p.bind in VECTOR_BINDS]
+    for p in vectors:
+        count = p.count or 0
+        if count & (count - 1):
+            raise ScheduleError(f"{count} {p.bind} of {p.axis} are no power of two; a tile's sides must be.")
+    binds = [p.bind for p in vectors]
+    if set(binds) - {"lanes"}:
+        if sorted(binds) != ["cols", "depth", "rows"]:
+            raise ScheduleError(f"a matrix product has one loop each of rows, cols and depth, not {binds}.")
+        _check_dot(nest, vectors)
+    sides = [p.count or 1 for p in vectors]
+    tiles = itertools.combinations(sides, 2) if "depth" in binds else [sides]
+    size = max(map(math.prod, tiles))
+    if size > MAX_TILE:
+        raise ScheduleError(f"a tile of {size} elements is too large; use at most {MAX_TILE}.")
+
+
+def _check_dot(nest: Nest, loops: list[Loop]) -> None:
+    dtype = nest.tensors[0].dtype
+    if dtype == "float64" or len(nest.factors) != 2:
+        raise ScheduleError(f"no matrix unit multiplies {len(nest.factors)} factors of {dtype}; use lanes.")
+    for p in loops:
+        if (p.count or 0) < MIN_DOT:
+            raise ScheduleError(f"{p.count} {p.bind} of {p.axis} are too few; use {MIN_DOT} or more.")
+        if nest.is_reduce(p.axis) != (p.bind == "depth"):
+            kind = "a reduction" if p.bind == "depth" else "a parallel axis"
+            raise ScheduleError(f"{p.bind} run along {p.axis}, but must run along {kind}.")
+    axes = {p.bind: parts(nest, p.axis) for p in loops}
+    used = [sorted(bind for bind, own in axes.items() if own & factor.axes) for factor in nest.factors]
+    if sorted(used) != [["cols", "depth"], ["depth", "rows"]]:
+        raise ScheduleError(
+            f"a matrix product is over rows, depth and cols, depth; the factors are over {used}."
+        )
+
+
+class _Printer:
+    def __init__(self, nest: Nest) -> None:
+        self.nest = nest
+        self.write = Expressions(nest)
+        self.text = self.write.text
+        self.spot = self.write.spotter.spot
+        self.dtype = nest.tensors[0].dtype
+        self.compute = "float64" if self.dtype == "float64" else "float32"
+        self.vectors = self.write.vectors
+        self.sums = [d for v, d in self.write.dims.items() if nest.is_reduce(self.vectors[v].axis)]
+        self.roles = self._roles()
+        self.shape = self._accumulator_shape()
+        self.terms = 0
+
+    def _roles(self) -> list[str]:
+        """For each factor, which operand of the matrix product it is."""
+        if not self.write.dot:
+            return ["" for _ in self.nest.factors]
+        rows = next(p.axis for p in self.vectors.values() if p.bind == "rows")
+        return ["a" if f.axes & parts(self.nest, rows) else "b" for f in self.nest.factors]
+
+    def _accumulator_shape(self) -> str:
+        sides = [p.count for p in self.vectors.values() if p.bind == "lanes"]
+        if self.write.dot:
+            sides = [p.count for bind in ("rows", "cols") for p in self.vectors.values() if p.bind == bind]
+        return f"({', '.join(map(str, sides))}{',' if len(sides) == 1 else ''})"
+
+    def print(self) -> str:
+        nest = self.nest
+        grid = [i for i, p in enumerate(nest.loops) if p.bind == "grid"]
+        self.grid(grid)
+        self.level(len(grid), {})
+        head = [f"# {line}" for line in str(nest).splitlines()]
+        imports = ["", "import triton", "import triton.language as tl", "", ""]
+        parameters = ", ".join([*nest.operands, nest.output.tensor, "batch"])
+        # Triton would compile a batch of 1 or of a multiple of 16 in, and compile again for others.
+        signature = ['@triton.jit(do_not_specialize=["batch"])', f"def kernel({parameters}):"]
+        return "\n".join([*head, *imports, *signature, *self.text.lines, ""])
+
+    # Loops
+
+    def grid(self, grid: list[int]) -> None:
+        """Loop variables of the grid, and the number of this program's partial result."""
+        real = [i for i in grid if self.nest.loops[i].count != 1]
+        rest = "tl.program_id(0)"
+        for i in reversed(real):
+            name = self.write.names[f"v{i}"]
+            if i == real[0]:
+                self.text.variable(name, rest)
+                break
+            rest = self.text.variable("pid", rest) if i == real[-1] else self.text.define("rest", rest)
+            self.text.variable(name, f"{rest} % {self.count(i)}")
+            rest = f"{rest} // {self.count(i)}"
+        partial = ""
+        for i in self.nest.partial_loops:
+            name = self.write.names[f"v{i}"] if i in real else "0"
+            partial = f"({partial}) * {self.count(i)} + {name}" if partial else name
+        if partial:
+            self.text.variable("partial", partial)
+
+    def count(self, i: int) -> str:
+        count = self.nest.loops[i].count
+        return "batch" if count is None else str(count)
+
+    def level(self, i: int, env: Env) -> None:
+        nest = self.nest
+        if i == nest.accumulate_from:
+            self.declare_accumulators(env)
+        if i == nest.tile_start:
+            self.tile(env)
+        elif nest.loops[i].bind == "unroll" or nest.loops[i].count == 1:
+            for value in range(nest.loops[i].count or 1):
+                self.level(i + 1, {**env, f"v{i}": value})
+        else:
+            self.write.levels[f"v{i}"] = self.text.level + 1
+            with self.text.block(f"for {self.write.names[f'v{i}']} in range({self.count(i)}):"):
+                self.level(i + 1, env)
+        if i == nest.accumulate_from:
+            self.store(env)
+
+    # The register tile
+
+    def load(self, prefix: str, spot: Spot, role: str, condition: str = "") -> str:
+        """The name of a load, made if need be; where the tensor has no element it is zero."""
+        pointer = self.write.pointer(spot, role)
+        mask, reach = self.write.mask(spot, role)
+        if role:
+            side = "rows" if role == "a" else "cols"
+            reach |= {v for v, p in self.vectors.items() if p.bind in (side, "depth")}
+        for symbol in sorted(reach - self.write.reach(spot.address)):
+            # Pointers have the shape of the mask, and that of the operand of a matrix product.
+            pointer = f"{pointer} + {self.write.symbol(symbol, role)} * 0"
+        mask = " & ".join(m for m in (condition, mask) if m)
+        text = f"tl.load({pointer}, mask={mask}, other=0.0)" if mask else f"tl.load({pointer})"
+        if self.dtype != self.compute and not role:
+            text += f".to(tl.{self.compute})"
+        return self.text.define(prefix, text)
+
+    def tile_points(self, env: Env) -> Iterator[tuple[Key, Env]]:
+        """Every point of the unrolled tile and the key of its accumulator."""
+        nest = self.nest
+        loops = [(i, p) for i, p in enumerate(nest.loops) if i >= nest.tile_start and p.bind == "unroll"]
+        for values in itertools.product(*(range(p.count or 1) for _, p in loops)):
+            key = tuple(v for (_, p), v in zip(loops, values) if not nest.is_reduce(p.axis))
+            yield key, {**env, **{f"v{i}": v for (i, _), v in zip(loops, values)}}
+
+    def accumulators(self, env: Env) -> dict[Key, Env]:
+        """One point of the tile for each accumulator that is stored somewhere."""
+        found: dict[Key, Env] = {}
+        for key, point in self.tile_points(env):
+            if key not in found and self.spot(self.nest.output, point) is not None:
+                found[key] = point
+        return found
+
+    def name(self, key: Key) -> str:
+        return "_".join(["acc", *map(str, key)])
+
+    def declare_accumulators(self, env: Env) -> None:
+        loops = self.nest.loops[self.nest.tile_start :]
+        self.terms += math.prod(p.count or 1 for p in loops if p.bind == "unroll")
+        # Before the points of a tile that is far too large are listed.
+        if self.terms > MAX_TERMS:
+            raise ScheduleError(f"{self.terms} unrolled terms are more than {MAX_TERMS}; unroll less.")
+        keys = self.accumulators(env)
+        if len(keys) > MAX_ACCUMULATORS:
+            raise ScheduleError(f"{len(keys)} accumulators are more than {MAX_ACCUMULATORS}; unroll less.")
+        for key in keys:
+            self.text.emit(f"{self.name(key)} = tl.zeros({self.shape}, tl.{self.compute})")
+
+    def tile(self, env: Env) -> None:
+        """Loads and multiply-adds, each streamed load followed by all that uses it."""
+        keys = self.accumulators(env)
+        terms: list[tuple[Key, list[Spot]]] = []
+        for key, point in self.tile_points(env):
+            spots = [s for f in self.nest.factors if (s := self.spot(f, point)) is not None]
+            if key in keys and len(spots) == len(self.nest.factors):
+                terms.append((key, spots))
+        if not terms:
+            return
+        stream = self.streamed([spots for _, spots in terms])
+        for _, spots in terms:
+            for f, spot in enumerate(spots):
+                if f != stream:
+                    self.load("k", spot, self.roles[f])
+        uses: dict[Spot, list[tuple[Key, list[Spot]]]] = {}
+        for key, spots in terms:
+            uses.setdefault(spots[stream], []).append((key, spots))
+        for spot in sorted(uses, key=lambda s: (s.address.terms, s.address.const)):
+            for key, spots in uses[spot]:
+                self.multiply(self.name(key), [self.load("x", s, r) for s, r in zip(spots, self.roles)])
+
+    def streamed(self, terms: list[list[Spot]]) -> int:
+        """The factor with the most to load; the others are held in registers meanwhile."""
+        sizes = []
+        for f, spot in enumerate(terms[0]):
+            tile = math.prod(self.vectors[v].count or 1 for v in self.write.reach(spot.address))
+            sizes.append(len({spots[f] for spots in terms}) * tile)
+        return sizes.index(max(sizes))
+
+    def multiply(self, accumulator: str, factors: list[str]) -> None:
+        if not self.write.dot:
+            self.text.emit(f"{accumulator} += {' * '.join(factors)}")
+            return
+        a, b = (factors[self.roles.index(role)] for role in ("a", "b"))
+        precision = f', input_precision="{self.nest.precision}"' if self.dtype == "float32" else ""
+        self.text.emit(f"{accumulator} = tl.dot({a}, {b}, {accumulator}{precision})")
+
+    # Results
+
+    def store(self, env: Env) -> None:
+        for key, point in self.accumulators(env).items():
+            spot = self.spot(self.nest.output, point)
+            assert spot is not None
+            value = self.name(key)
+            if len(self.sums) == len(self.write.dims) > 0:
+                value = self.result(f"tl.sum({value})")
+            else:
+                for dim in self.sums:
+                    value = self.result(f"tl.sum({value}, axis={dim}, keep_dims=True)")
+            for addend in self.nest.addends:
+                value = self.add(value, addend, point)
+            if not self.nest.partial_loops and self.dtype != self.compute:
+                value = f"{value}.to(tl.{self.dtype})"
+            pointer = self.write.pointer(spot, "", self.shift())
+            mask, _ = self.write.mask(spot, "")
+            self.text.emit(f"tl.store({pointer}, {value}{f', mask={mask}' if mask else ''})")
+
+    def shift(self) -> str:
+        """How far this program's partial result lies behind the first, in elements ("": there is one)."""
+        if not self.nest.partial_loops:
+            return ""
+        shape = self.nest.tensor(self.nest.output.tensor).shape
+        size = ["batch"] * (None in shape) + [str(math.prod(e for e in shape if e is not None))]
+        return self.text.define("shift", " * ".join(["tl.cast(partial, tl.int64)", *size]), 0)
+
+    def result(self, expression: str) -> str:
+        # A name of its own even for an equal text: accumulators change.
+        name = self.text.fresh("r")
+        self.text.emit(f"{name} = {expression}")
+        return name
+
+    def add(self, value: str, addend: Access, point: Env) -> str:
+        spot = self.spot(addend, point)
+        if spot is None:
+            return value
+        once = self.text.define("m", "partial == 0", 0) if self.nest.partial_loops else ""
+        return self.result(f"{value} + {self.load('b', spot, '', once)}")

@@ -1,0 +1,134 @@
+"""Loading of printed Triton kernels: the files, the missing compiler, the launch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from g3dswap.comprehensions import nest as nest_of
+from g3dswap.errors import CompileError, NoCompilerError
+from g3dswap.problem import Geometry, Problem
+from g3dswap.tc import objects, runtime_triton
+from g3dswap.tc.kernel import build
+from g3dswap.tc.nest import Nest
+from g3dswap.tc.schedule import Digit, Schedule
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def small() -> Nest:
+    return nest_of(Problem("forward", Geometry(2, 2, 2, (1, 2, 8), (1, 1, 1)), device=DEVICE))
+
+
+def along_w(nest: Nest, **hints: int) -> Schedule:
+    parallel = [Digit(a.name, None, "grid") for a in nest.axes if not a.reduce]
+    reductions = [Digit(a.name, None, "serial") for a in nest.axes if a.reduce]
+    return Schedule((*parallel, *reductions, Digit("w", 8, "lanes")), hints=tuple(hints.items()))
+
+
+def runs(nest: Nest, offset: int = 0) -> bool:
+    """Whether a kernel built now gives what it should, with an input `offset` elements into its memory."""
+    x = torch.randn(2 * 2 * 1 * 2 * 8 + offset, device=DEVICE)[offset:].view(2, 2, 1, 2, 8)
+    weight = torch.randn(2, 1, 1, 1, 1, device=DEVICE)
+    out = torch.full_like(x, torch.nan)
+    build(nest, along_w(nest), "triton")(x, weight, out=out)
+    return torch.allclose(out, x * weight.view(2, 1, 1, 1))
+
+
+def test_a_source_is_kept_and_verified(fresh_cache: Path) -> None:
+    assert runs(small())
+    (path,) = objects.folder().glob("*.py")
+    assert objects.intact(path)
+    assert "@triton.jit" in path.read_text() and path.stat().st_mode & 0o022 == 0
+    path.write_text("raise SystemExit('not what was sealed')\n")
+    assert runs(small())
+    assert objects.intact(path)
+    assert not list(path.parent.rglob("*.pyc"))
+
+
+def test_a_bytecode_file_is_never_loaded(fresh_cache: Path) -> None:
+    """Python would take it for the source that was verified."""
+    assert runs(small())
+    (path,) = objects.folder().glob("*.py")
+    stamp = path.stat()
+    program = "import py_compile, sys; py_compile.compile(sys.argv[1], doraise=True)"
+    path.write_text("raise SystemExit".ljust(stamp.st_size))
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
+    assert list(path.parent.rglob("*.pyc"))
+    assert runs(small())
+
+
+def test_tensors_that_are_not_aligned() -> None:
+    assert runs(small(), offset=1)
+
+
+def test_a_source_that_is_no_module() -> None:
+    nest = small()
+    with pytest.raises(
+        CompileError, match=r"the printed kernel .*\.py cannot be imported: NameError: name 'nothing'"
+    ):
+        runtime_triton.load(nest, along_w(nest), "nothing\n", 1.0)
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    nest = small()
+    monkeypatch.setattr(runtime_triton, "triton", None)
+    assert runtime_triton.version() == "none"
+    with pytest.raises(NoCompilerError, match="need Triton, which is missing; pip install triton"):
+        build(nest, along_w(nest), "triton")
+
+
+def test_the_module_can_be_imported_without_triton() -> None:
+    program = "import sys; sys.modules['triton'] = None; from g3dswap.tc import runtime_triton as r; "
+    program += "print(r.version())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "none"
+
+
+def test_version() -> None:
+    assert runtime_triton.version() == triton.__version__
+
+
+@pytest.mark.gpu
+def test_compiles_once_for_every_batch_size() -> None:
+    nest = small()
+    kernel = build(nest, along_w(nest, warps=1, stages=1), "triton")
+    launcher = kernel.launch.__self__  # type: ignore[attr-defined]
+    for batch in (1, 2, 16, 17):
+        x, weight = torch.randn(batch, 2, 1, 2, 8, device="cuda"), torch.ones(2, 1, 1, 1, 1, device="cuda")
+        out = torch.empty_like(x)
+        kernel(x, weight, out=out)
+        assert torch.equal(out, x)
+    (compiled,) = launcher.compiled.values()
+    assert compiled.metadata.num_warps == 1
+    # The compilation at load is the only one that Triton knows of.
+    assert [len(caches[0]) for caches in launcher.kernel.device_caches.values()] == [1]
+
+
+@pytest.mark.gpu
+def test_launches_on_the_current_stream() -> None:
+    nest = small()
+    kernel = build(nest, along_w(nest), "triton")
+    x, weight = torch.randn(4, 2, 1, 2, 8, device="cuda"), torch.ones(2, 1, 1, 1, 1, device="cuda")
+    out = torch.empty_like(x)
+    graph = torch.cuda.CUDAGraph()
+    kernel(x, weight, out=out)
+    with torch.cuda.graph(graph):
+        kernel(x, weight, out=out)
+    x.fill_(3)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, x)
+
+
+@pytest.mark.gpu
+def test_what_triton_refuses_is_a_compile_error() -> None:
+    nest = small()
+    with pytest.raises(CompileError, match="Triton cannot compile a kernel: "):
+        build(nest, along_w(nest, warps=3), "triton")
