@@ -38,8 +38,8 @@ template <class E> static inline V load(const E* p) {
   for (int i = 0; i < WIDTH; ++i) v[i] = widen(p[i]);
   return v;
 }
-template <class E> static inline V load_tail(const E* p, int64_t n) {
-  if (n >= WIDTH) return load(p);
+// The first n lanes; out of line, because a tile may hold hundreds of them.
+template <class E> static __attribute__((noinline)) V load_tail(const E* p, int64_t n) {
   V v = {};
   for (int i = 0; i < WIDTH; ++i) if (i < n) v[i] = widen(p[i]);
   return v;
@@ -48,10 +48,10 @@ static inline void store(T* p, V v) { memcpy(p, &v, sizeof v); }
 template <class E> static inline void store(E* p, V v) {
   for (int i = 0; i < WIDTH; ++i) narrow(p + i, v[i]);
 }
-template <class E> static inline void store_tail(E* p, V v, int64_t n) {
-  if (n >= WIDTH) return store(p, v);
+template <class E> static __attribute__((noinline)) void store_tail(E* p, V v, int64_t n) {
   for (int i = 0; i < WIDTH; ++i) if (i < n) narrow(p + i, v[i]);
 }
+@MASKED@
 static inline T first(V v) { return v[0]; }
 static inline T sum(V v) {  // pairwise, for its smaller error
   T part[WIDTH];
@@ -83,3 +83,19 @@ static inline void write_run(const T* __restrict from, E* __restrict to, int64_t
   for (int64_t j = 0; j < end; ++j) narrow(to + j * (STRIDE * PHASES), from[j]);
 }
 """
+
+MASKED = r"""
+#if defined(__AVX512F__)
+// Masked moves for whole registers; the intrinsics' header alone takes longer to compile than a kernel.
+static inline uint16_t lanes_below(int64_t n) { return n >= WIDTH ? (1u << WIDTH) - 1u : n > 0 ? (1u << n) - 1u : 0u; }
+static inline V load_tail(const T* p, int64_t n) { return (V)__builtin_ia32_loadu@SUFFIX@512_mask(p, (V){}, lanes_below(n)); }
+static inline void store_tail(T* p, V v, int64_t n) { __builtin_ia32_storeu@SUFFIX@512_mask(p, v, lanes_below(n)); }
+#endif
+"""
+
+
+def prelude(compute: str, width: int) -> str:
+    """The prelude for vectors of `width` elements of type `compute` ("float" or "double")."""
+    whole = width * (8 if compute == "double" else 4) == 64
+    masked = MASKED.replace("@SUFFIX@", "pd" if compute == "double" else "ps") if whole else ""
+    return PRELUDE.replace("@TYPE@", compute).replace("@WIDTH@", str(width)).replace("@MASKED@", masked.strip())

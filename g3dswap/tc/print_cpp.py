@@ -16,12 +16,15 @@ from ..errors import ScheduleError
 from .buffers import Buffer, Flat, Row, Source, make_buffer
 from .nest import Access, Linear, Nest
 from .place import Env, Guard, Place, Placer, resolve
-from .prelude_cpp import PRELUDE
+from .prelude_cpp import prelude
 
 Pointers = dict[tuple[str, tuple[tuple[str, int], ...]], str]
 """The C++ pointer for each (tensor, run-time part of an address)."""
 
 MEMORY_TYPES = {"float32": "float", "float64": "double", "bfloat16": "bf16", "float16": "half"}
+LONGEST_SUM = 32
+"""Steps of a loop that one accumulator sums in a row."""
+
 MAX_TERMS = 3000
 MAX_ACCUMULATORS = 128
 MAX_VECTOR_BYTES = 64
@@ -55,6 +58,7 @@ class _Printer:
         self.lines: list[str] = []
         self.depth = 1
         self.names = 0
+        self.sums = self.sum_levels()
         self.lane_reduces = any(p.bind == "lanes" and nest.is_reduce(p.axis) for p in nest.loops)
 
     # Text
@@ -101,9 +105,8 @@ class _Printer:
                 self.emit("free(scratch);")
         self.emit("return failed;")
         head = f"// {nest.name}\n" + "".join(f"// {line}\n" for line in str(nest).splitlines()[1:])
-        prelude = PRELUDE.replace("@TYPE@", self.compute).replace("@WIDTH@", str(self.width))
         signature = "extern \"C\" int run(const void* const* operands, void* out, int64_t batch, int threads) {"
-        return "\n".join([head + prelude, signature, *self.lines, "}", ""])
+        return "\n".join([head + prelude(self.compute, self.width), signature, *self.lines, "}", ""])
 
     def scratch(self) -> None:
         """One allocation a thread for all buffers, each on its own cache line."""
@@ -138,14 +141,18 @@ class _Printer:
         for stage in nest.stages:
             if stage.level == i and stage.tensor != nest.output.tensor:
                 self.copy(self.buffers[stage.tensor], env, out=False)
-        if i == nest.accumulate_from:
-            self.declare_accumulators(env)
+        if i in self.sums:
+            self.declare_accumulators(env, self.sums[i])
         if i == nest.tile_start:
             self.tile(env)
         else:
             self.loop(i, env)
         if i == nest.accumulate_from:
             self.store(env)
+        elif i in self.sums:
+            outer = [prefix for at, prefix in self.sums.items() if at < i][-1]
+            for key in self.accumulators(env):
+                self.emit(f"{self.name(key, outer)} += {self.name(key, self.sums[i])};")
         stage_out = nest.stage_of(nest.output.tensor)
         if stage_out is not None and stage_out.level == i:
             self.copy(self.buffers[nest.output.tensor], env, out=True)
@@ -285,16 +292,33 @@ class _Printer:
                 found[key] = point
         return found
 
-    def name(self, key: tuple[int, ...]) -> str:
-        return "_".join(["a", *map(str, key)])
+    def name(self, key: tuple[int, ...], prefix: str = "a") -> str:
+        return "_".join([prefix, *map(str, key)])
 
-    def declare_accumulators(self, env: Env) -> None:
+    def sum_levels(self) -> dict[int, str]:
+        """The levels at which accumulators are declared, with their prefixes, outermost first.
+
+        A sum of n terms in a row errs by many roundings; so every LONGEST_SUM steps or so, from the inside
+        out, sums are carried over to accumulators further out.
+        """
+        nest, level, run = self.nest, self.nest.tile_start, 1
+        cuts = []
+        while level > nest.accumulate_from + 1:
+            level -= 1
+            run *= nest.loops[level].count or 1
+            if run >= LONGEST_SUM:
+                cuts.append(level)
+                run = 1
+        levels = [nest.accumulate_from, *reversed(cuts)]
+        return {at: "a" if at == levels[-1] else f"s{i}" for i, at in enumerate(levels)}
+
+    def declare_accumulators(self, env: Env, prefix: str) -> None:
         keys = self.accumulators(env)
         size = math.prod(p.count or 1 for p in self.nest.loops[self.nest.tile_start :] if p.bind == "unroll")
         if len(keys) > MAX_ACCUMULATORS or size > MAX_TERMS:
             raise ScheduleError(f"a register tile of {len(keys)} accumulators and {size} terms is too large.")
         if keys:
-            self.emit("V " + ", ".join(f"{self.name(k)} = {{}}" for k in keys) + ";")
+            self.emit("V " + ", ".join(f"{self.name(k, prefix)} = {{}}" for k in keys) + ";")
 
     def tile(self, env: Env) -> None:
         keys = self.accumulators(env)
@@ -433,7 +457,7 @@ class _Printer:
             assert place is not None
             condition = self.condition(place)
             with self.block("" if condition == "true" else f"if ({condition})"):
-                self.store_one(self.name(key), place, point)
+                self.store_one(self.name(key, self.sums[self.nest.accumulate_from]), place, point)
 
     def store_one(self, name: str, place: Place, point: Env) -> None:
         shift = " + shift" if self.nest.partial_loops and place.tensor not in self.buffers else ""
