@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import ranks
 from .choice import Choice, Record
 from .comprehensions import nest
@@ -366,7 +368,8 @@ class Chooser:
         """The default schedule, checked but not timed; only where the user wants no tuning and no lookup."""
         if self.tune != "none" or self.interrupted:
             return None
-        schedule = Space(nest(problem), kernel.target_of(problem.device)).default()
+        target = kernel.target_of(problem.device)
+        schedule = Space(nest(problem), target, torch.get_num_threads()).default()
         found = self._checked(problem, schedule.to_json(), None, "default")
         if found is None:
             return None

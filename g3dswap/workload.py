@@ -26,6 +26,7 @@ Operands = Sequence[Tensor | None]
 
 # What may be spent on one float64 reference, in floating-point operations: 0.2 s on two cores.
 REFERENCE_FLOPS = {"cpu": 5e7, "cuda": 1e10}
+QUICK_PART = 0.2  # of that, for a check of a kernel that was checked thoroughly when it was tuned
 # What one run on tuning data may cost.  A larger batch is tuned at the batch that stays below.
 TUNING_FLOPS = {"cpu": 2e9, "cuda": 1e13}
 TUNING_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}
@@ -41,6 +42,8 @@ class Candidate:
     def __init__(self, problem: Problem, kernel: Kernel | None = None) -> None:
         self.problem, self.kernel = problem, kernel
         self._format = problem.memory_format
+        self._shape = result_shape(problem, 0)  # worked out once, for calls must be cheap
+        self._batched = problem.direction != "grad_weight"
         # grad_input does not read its input, grad_weight does not read its weight, a bias may be None.
         self._reads = {"forward": slice(3 if problem.bias else 2), "grad_input": slice(0, None, 2)}.get(
             problem.direction, slice(2)
@@ -52,7 +55,7 @@ class Candidate:
             return native.run(self.problem, *tensors)
         first = tensors[0]
         assert first is not None
-        shape = result_shape(self.problem, first.shape[0])
+        shape = (first.shape[0], *self._shape[1:]) if self._batched else self._shape
         out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=self._format)
         self.kernel(*tensors[self._reads], out=out)  # type: ignore[arg-type]
         return out
@@ -89,7 +92,8 @@ class PassWorkload:
 
     def __init__(self, problem: Problem, batch: int, seed: int = 0) -> None:
         self.problem = problem
-        self.space = Space(comprehensions.nest(problem), kernel.target_of(problem.device))
+        target, threads = kernel.target_of(problem.device), torch.get_num_threads()
+        self.space = Space(comprehensions.nest(problem), target, threads)
         self.baseline = Candidate(problem)
         self.operands = native.random_operands(problem, batch, seed)
         self._sample_time = timing.sampler(problem.device)
@@ -124,9 +128,9 @@ def quick_check(candidate: Candidate, bound: float | None = None, seed: int = 1)
     on the same data.
     """
     problem = candidate.problem
-    batch = 2 if problem.flops(2) <= REFERENCE_FLOPS[problem.device] else 1
+    batch = 2 if problem.flops(2) <= QUICK_PART * REFERENCE_FLOPS[problem.device] else 1
     operands = native.random_operands(problem, batch, seed)
-    sample = Sample(problem, operands)
+    sample = Sample(problem, operands, QUICK_PART)
     if bound is None:
         with torch.no_grad(), native.switches(problem):
             own = native.error(sample.of(native.run(problem, *operands)), sample.reference)
@@ -167,14 +171,13 @@ class Sample:
     All of them if that is affordable, and the last group and image in any case.
     """
 
-    def __init__(self, problem: Problem, operands: Operands) -> None:
+    def __init__(self, problem: Problem, operands: Operands, share: float = 1.0) -> None:
         first = operands[0]
         assert first is not None
         self.problem = problem
         geometry, batch = problem.geometry, first.shape[0]
-        afford = REFERENCE_FLOPS[problem.device] / (
-            problem.flops(1) / geometry.groups
-        )  # (group, image) pairs
+        pair = problem.flops(1) / geometry.groups  # one group of one image
+        afford = share * REFERENCE_FLOPS[problem.device] / pair
         self.images = list(range(batch))
         if problem.direction != "grad_weight":  # which sums over the images
             self.images = spread(batch, int(afford / geometry.groups))

@@ -67,7 +67,7 @@ class FakeKernel:
 class FakeSpace:
     """Eight schedules, numbered; the model prefers low numbers and the default is 0."""
 
-    def __init__(self, nest: Any, target: str) -> None:
+    def __init__(self, nest: Any, target: str, threads: int) -> None:
         pass
 
     def default(self) -> Schedule:
@@ -630,6 +630,47 @@ def test_progress_shows_pass_trials_times_and_ends(
     assert "8 trials, best 1000 ms, PyTorch 3000 ms (3.0x)" in said
     chooser(cache).choose(sized(6, 6, 6))
     assert capsys.readouterr().err == ""
+
+
+# With the compiler.
+
+
+@pytest.mark.parametrize(
+    ("direction", "dtype", "layout"),
+    [
+        ("forward", torch.float32, "contiguous"),
+        ("grad_input", torch.bfloat16, "channels_last_3d"),
+        ("grad_weight", torch.float16, "contiguous"),
+        ("grad_weight", torch.float64, "channels_last_3d"),
+    ],
+)
+def test_compiled_kernels_are_tuned_checked_stored_and_run(
+    fresh_cache: Path, direction: str, dtype: torch.dtype, layout: str
+) -> None:
+    problem = Problem(direction, GEOMETRY, dtype, layout, bias=direction == "forward")
+    config = replace(CONFIG, trials=3, generations=1, build_timeout=60, workers=2, prune=1e9)
+    one = Chooser(choose.open_cache(), min_speedup=0, progress=False, config=config)
+    tuned = one.choose(problem, 2)
+    assert tuned.source == "tuned" and one.counts["ok"] >= 1
+    assert not {"compile-error", "run-error"} & one.counts.keys()
+    assert tuned.bound and outcome(tuned) <= 2 * tuned.bound
+    choose.forget()
+    found = Chooser(choose.open_cache(), "cached", min_speedup=0, progress=False).choose(problem, 2)
+    assert found == replace(tuned, source="cached", reason=found.reason)
+    operands = native.random_operands(problem, 3, seed=2)
+    assert torch.equal(found.run(*operands), tuned.run(*operands))
+
+
+def test_the_default_schedule_compiles_and_runs(fresh_cache: Path) -> None:
+    choice = Chooser(choose.open_cache(), "none", progress=False).choose(PROBLEM)
+    assert choice.source == "default" and outcome(choice) < 1e-6
+
+
+def test_no_compiler_on_the_path(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(G3DSwapWarning, match="no C\\+\\+ compiler 'no-such-compiler'.*CXX"):
+        choice = Chooser(choose.open_cache(), progress=False, config=CONFIG).choose(PROBLEM)
+    assert choice.is_native and outcome(choice) < 1e-6
 
 
 # Several processes (tests/test_ranks.py has the agreement itself).

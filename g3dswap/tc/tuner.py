@@ -108,10 +108,10 @@ class TunerConfig:
 
     @classmethod
     def quick(cls) -> TunerConfig:
-        """A few seconds: the cost model's best and one or two generations of children."""
+        """A few seconds: the cost model's best and a generation or two of children; time is what ends it."""
         return cls(
-            trials=24,
-            generations=4,
+            trials=64,
+            generations=12,
             population=6,
             elites=2,
             mutation_rate=0.7,
