@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..errors import NestError
 
@@ -132,7 +133,7 @@ class Nest:
     fused: tuple[Fused, ...] = ()
     stages: tuple[Stage, ...] = ()
     precision: str = "ieee"
-    _by_name: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
+    _by_name: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._by_name.update({("tensor", t.name): t for t in self.tensors})
@@ -141,17 +142,21 @@ class Nest:
         self._by_name.update({("part", p): f for f in self.fused for p in f.parts})
 
     def tensor(self, name: str) -> Tensor:
-        return self._by_name["tensor", name]  # type: ignore[return-value, index]
+        found: Tensor = self._by_name["tensor", name]
+        return found
 
     def axis(self, name: str) -> Axis:
-        return self._by_name["axis", name]  # type: ignore[return-value, index]
+        found: Axis = self._by_name["axis", name]
+        return found
 
     def fused_axis(self, name: str) -> Fused | None:
-        return self._by_name.get(("fused", name))  # type: ignore[return-value, call-overload]
+        found: Fused | None = self._by_name.get(("fused", name))
+        return found
 
     def fusion_of(self, part: str) -> Fused | None:
         """The fused axis that `part` is a part of."""
-        return self._by_name.get(("part", part))  # type: ignore[return-value, call-overload]
+        found: Fused | None = self._by_name.get(("part", part))
+        return found
 
     def extent(self, name: str) -> int | None:
         """The extent of an axis or a fused axis."""
@@ -246,13 +251,15 @@ class Linear:
     def __add__(self, other: Linear | int) -> Linear:
         if isinstance(other, int):
             return Linear(self.const + other, self.terms)
+        if not self.terms or not other.terms:
+            return Linear(self.const + other.const, self.terms or other.terms)
         return Linear.of(self.const + other.const, (*self.terms, *other.terms))
 
     def __sub__(self, other: Linear) -> Linear:
         return self + other * -1
 
     def __mul__(self, factor: int) -> Linear:
-        return Linear.of(self.const * factor, ((s, c * factor) for s, c in self.terms))
+        return Linear(self.const * factor, tuple((s, c * factor) for s, c in self.terms) if factor else ())
 
     def coefficient(self, symbol: str) -> int:
         return dict(self.terms).get(symbol, 0)
@@ -277,7 +284,11 @@ class Linear:
 
 def digits(nest: Nest, axis: str) -> Linear:
     """The value of an axis (or fused axis) as a linear form over the loop variables `v<i>`."""
-    return Linear.of(0, ((f"v{i}", p.step) for i, p in enumerate(nest.loops) if p.axis == axis))
+    known: Linear | None = nest._by_name.get(("digits", axis))
+    if known is None:
+        known = Linear.of(0, ((f"v{i}", p.step) for i, p in enumerate(nest.loops) if p.axis == axis))
+        nest._by_name["digits", axis] = known
+    return known
 
 
 def _require(condition: bool, nest: Nest, message: str, *values: object) -> None:

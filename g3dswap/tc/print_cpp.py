@@ -301,8 +301,14 @@ class _Printer:
         A sum of n terms in a row errs by many roundings; so every LONGEST_SUM steps or so, from the inside
         out, sums are carried over to accumulators further out.
         """
-        nest, level, run = self.nest, self.nest.tile_start, 1
+        nest, level = self.nest, self.nest.tile_start
+        tile = nest.loops[level:]
+        run = math.prod(p.count or 1 for p in tile if p.bind == "unroll" and nest.is_reduce(p.axis))
+        inner = nest.loops[level - 1].count or 1 if level > nest.accumulate_from else 1
         cuts = []
+        if 8 <= run and run * inner > 16 * LONGEST_SUM:
+            cuts.append(level)
+            run = 1
         while level > nest.accumulate_from + 1:
             level -= 1
             run *= nest.loops[level].count or 1

@@ -15,7 +15,7 @@ from .print_cpp import print_cpp
 from .print_triton import print_triton
 from .schedule import Digit, Schedule, apply
 
-CLIMBS = 10
+CLIMBS = 6
 """Families of C++ schedules whose tiles are worked out; the model puts the others far behind."""
 
 A_FAMILY = 2
@@ -55,7 +55,7 @@ class Space:
     def _cpp_families(self) -> list[list[tuple[float, Schedule]]]:
         starts = []
         for lanes in space_cpp.lane_axes(self.nest):
-            for staged in space_cpp.stage_sets(self.nest):
+            for staged in space_cpp.stage_sets(self.nest, lanes):
                 point = space_cpp.start(self.nest, lanes, staged)
                 if point is not None:
                     starts.append((space_cpp.evaluate(self.nest, point, self.threads) or math.inf, point))

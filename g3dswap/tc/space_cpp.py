@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import ScheduleError
 from .model_cpp import cost
-from .nest import Nest
+from .nest import Access, Nest
 from .schedule import Digit, Schedule, apply, fused_name
 
 MAX_TERMS = 450
@@ -148,10 +148,15 @@ def shares(nest: Nest, axis: str) -> bool:
     )
 
 
-def stage_sets(nest: Nest) -> Iterator[tuple[str, ...]]:
-    names = [*dict.fromkeys(f.tensor for f in nest.factors), nest.output.tensor]
+def stage_sets(nest: Nest, lanes: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Sets of tensors that staging may help: those along the lanes, and those read at shifted positions."""
+    names = [a.tensor for a in (*nest.factors, nest.output) if a.axes & set(lanes) or _shifted(a)]
     for size in range(len(names) + 1):
-        yield from itertools.combinations(names, size)
+        yield from itertools.combinations(dict.fromkeys(names), size)
+
+
+def _shifted(access: Access) -> bool:
+    return any(len(i.terms) > 1 or i.offset for i in access.indices)
 
 
 def _side(nest: Nest, axis: str) -> bool:
@@ -177,8 +182,8 @@ def start(nest: Nest, lanes: tuple[str, ...], staged: tuple[str, ...]) -> Point 
     width = width_of(nest, lanes)
     sides = (a for a in nest.axes if a.extent and 1 < a.extent <= SIDE and a.name not in lanes)
     small = [(a.name, a.extent or 1) for a in sides if _side(nest, a.name)]
-    for order, grid in orders(nest, lanes):
-        for tile in (small, small[-2:], small[-1:], []):
+    for order, grid in orders(nest, lanes)[:3]:
+        for tile in (small, small[-1:], []):
             stages = tuple((t, first_level(nest, t, order, grid)) for t in staged)
             point = Point(lanes, width, order, grid, tuple(tile), stages)
             if math.prod(c for _, c in tile) <= MAX_TERMS and evaluate(nest, point, 2) is not None:
@@ -289,7 +294,7 @@ def random_point(nest: Nest, rng: random.Random) -> Point:
     if nest.axes[0].reduce is False and rng.random() < 0.2:
         grid = rng.randint(0, parallel)
     tile = tuple((a, c) for a in order if (c := rng.choice(tile_choices(nest, a, lanes, width))) > 1 and rng.random() < 0.6)
-    staged = rng.choice(list(stage_sets(nest)))
+    staged = rng.choice(list(stage_sets(nest, lanes)))
     last = {t: parallel if t == nest.output.tensor else len(order) for t in staged}
     stages = tuple((t, rng.randint(min(grid, last[t]), last[t])) for t in staged)
     return Point(lanes, width, order, grid, tile, stages)
