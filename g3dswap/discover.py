@@ -1,0 +1,358 @@
+"""Which layers of a model may be swapped, which may not and why, and the inputs that they meet."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from g3dswap import native
+from g3dswap.entries import ROOT, Functional, Skipped
+from g3dswap.errors import ArgumentError, ConvertError
+from g3dswap.guard import Inputs, untouched
+from g3dswap.module import Grouped3D
+from g3dswap.problem import DTYPES, dtype_name
+from g3dswap.trace import function_name, groups_of, place, user_frame
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module that is, or may become, a ``Grouped3D``; it may have several names."""
+
+    module: nn.Conv3d
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The first qualified name, as in reports."""
+        return self.names[0] or ROOT
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The other names of a shared module."""
+        return tuple(name or ROOT for name in self.names[1:])
+
+
+def find(model: nn.Module) -> tuple[list[Site], list[Skipped], dict[int, str]]:
+    """All grouped 3D convolutions: those that can be swapped (or are already), and those that cannot.
+
+    The third result maps ``id(module)`` of both kinds to a name: torch.fx shall not look into them.
+    """
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+    sites, skipped, known = [], [], {}
+    for key, module in modules.items():
+        groups = _groups(module)
+        if groups <= 1:
+            continue
+        mine = tuple(names[key])
+        known[key] = mine[0]
+        reason = why_not(module)
+        if reason is None:
+            assert isinstance(module, nn.Conv3d)  # why_not has a reason for everything else
+            sites.append(Site(module, mine))
+        else:
+            labels = [name or ROOT for name in mine]
+            skipped.append(Skipped(labels[0], type(module).__name__, reason, groups, tuple(labels[1:])))
+    return sites, skipped, known
+
+
+def _groups(module: nn.Module) -> int:
+    """The group count of anything that looks like a 3D convolution; 1 for other modules."""
+    looks = isinstance(module, nn.Conv3d) or any("Conv3d" in base.__name__ for base in type(module).__mro__)
+    looks = looks or isinstance(module, nn.ConvTranspose3d)
+    groups = getattr(module, "groups", 1) if looks else 1
+    return groups if isinstance(groups, int) else 1
+
+
+def why_not(module: nn.Module) -> str | None:
+    """The reason why a grouped 3D convolution cannot be swapped; None if it can."""
+    if parametrize.is_parametrized(module):
+        tensors = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        return (
+            f"its {tensors} is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it "
+            "a plain parameter"
+        )
+    if isinstance(module, nn.ConvTranspose3d):
+        return "transposed convolutions have no kernels here"
+    if _namespace(module).startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torchao.")):
+        return "it is quantized, or prepared for quantization"
+    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) or _uninitialized(module):
+        return "it is lazy, without sizes yet; run the model once on an input before converting"
+    if type(module) not in (nn.Conv3d, Grouped3D):
+        return f"{type(module).__qualname__} is a subclass, whose forward may do more than nn.Conv3d's"
+    if "forward" in vars(module) or "_conv_forward" in vars(module):
+        return "its forward is replaced on the instance"
+    missing = [name for name in ("weight", "bias") if name not in module._parameters]
+    if missing:
+        return (
+            f"its {missing[0]} is no plain parameter (weight_norm, spectral_norm or pruning computes it); "
+            "remove that first"
+        )
+    weight: Any = module.weight
+    if type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
+    if weight.dtype not in DTYPES:
+        supported = ", ".join(dtype_name(dtype) for dtype in DTYPES)
+        return f"its dtype {dtype_name(weight.dtype)} has no kernels (they exist for {supported})"
+    return None
+
+
+def _namespace(module: nn.Module) -> str:
+    return type(module).__module__
+
+
+def _uninitialized(module: nn.Module) -> bool:
+    return any(isinstance(item, UninitializedParameter) for item in module.parameters(recurse=False))
+
+
+# include and exclude
+
+
+def patterns(
+    value: str | Iterable[str] | None, argument: str, names: Sequence[str]
+) -> tuple[str, ...] | None:
+    """``include`` or ``exclude`` as a tuple of globs, each of which matches some grouped layer.
+
+    Raises:
+        ArgumentError: a value that is no string, or a pattern that matches nothing, with suggestions.
+    """
+    if value is None:
+        return None
+    items = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
+    for item in items:
+        if not isinstance(item, str):
+            raise ArgumentError(
+                f"{argument} holds a {type(item).__name__}; it takes a qualified layer name or glob such as "
+                "'layer1.*.conv2', or several of them."
+            )
+        if not any(fnmatchcase(name, item) for name in names):
+            raise ArgumentError(
+                f"{argument}={item!r} matches no convolution with groups > 1; {_suggest(item, names)}."
+            )
+    return items
+
+
+def _suggest(pattern: str, names: Sequence[str]) -> str:
+    if not names:
+        return "the model has none"
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+    # A prefix without a star is the commonest mistake.
+    inside = [name for name in names if name.startswith(f"{pattern}.")]
+    if inside:
+        return f"write {pattern + '.*'!r} for the {len(inside)} inside it"
+    listed = close or list(names[:3])
+    return f"{'did you mean' if close else 'there are'} {', '.join(repr(name) for name in listed)}"
+
+
+def matches(names: Collection[str], globs: Collection[str]) -> bool:
+    """Whether one of a module's names matches one of the patterns."""
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)
+
+
+# Shapes
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """One kind of input that a layer met."""
+
+    batch: int
+    size: tuple[int, int, int]
+    """T, H, W of the layer's input, before any padding."""
+    dtype: torch.dtype
+    """What the convolution computes in; under autocast not the input's own."""
+    layout: str
+    device: torch.device
+    grad_input: bool
+    grad_weight: bool
+
+
+@dataclass
+class Shapes:
+    """What a run of the model on example inputs showed."""
+
+    meetings: dict[int, list[Meeting]] = field(default_factory=dict)
+    """``id`` of a layer -> the distinct inputs that it met, in order."""
+    functional: list[Functional] = field(default_factory=list)
+
+
+def observe(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Shapes:
+    """Run the model once, with hooks on the layers; the model is left untouched, also if it raises.
+
+    Gradients: under ``torch.no_grad()`` or ``torch.inference_mode()`` no layer needs any; otherwise those are
+    noted that a training step would need. Nothing is kept for a backward pass meanwhile.
+
+    Raises:
+        ConvertError: the model's forward raised.
+    """
+    try:
+        try:
+            return _run(model, sites, inputs, keep=False)
+        except Exception as error:
+            if not _needs_saved_tensors(error):
+                raise
+            return _run(model, sites, inputs, keep=True)
+    except Exception as error:
+        raise ConvertError(_forward_failed(model, inputs, error)) from error
+
+
+def _run(model: nn.Module, sites: Sequence[Site], inputs: Inputs, keep: bool) -> Shapes:
+    result = Shapes({id(site.module): [] for site in sites})
+    grads = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    # The graph is only asked what requires a gradient: what a backward would need is dropped.
+    saved = (
+        contextlib.nullcontext()
+        if keep
+        else torch.autograd.graph.saved_tensors_hooks(lambda _: None, _no_backward)
+    )
+    handles: list[Any] = []
+    with untouched(model):
+        try:
+            for site in sites:
+                hook = _Hook(result.meetings[id(site.module)], grads)
+                handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
+            with saved, _FunctionCalls(model) as calls:
+                fresh = inputs.fresh()
+                model(*fresh.args, **fresh.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    result.functional = calls.found
+    return result
+
+
+class _BackwardInside(Exception):
+    """A forward asked for a tensor that was saved for a backward pass."""
+
+
+def _no_backward(_: None) -> Tensor:
+    raise _BackwardInside("the forward runs a backward pass of its own")
+
+
+def _needs_saved_tensors(error: Exception) -> bool:
+    """True for forwards with a backward inside, and for torch.func transforms, which allow no hooks."""
+    return isinstance(error, _BackwardInside) or "saved tensor hooks" in str(error)
+
+
+class _Hook:
+    """A forward pre-hook that notes what a layer meets."""
+
+    def __init__(self, meetings: list[Meeting], grads: bool) -> None:
+        self.meetings = meetings
+        self.grads = grads
+
+    def __call__(self, module: nn.Conv3d, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        value = args[0] if args else kwargs.get("input")
+        if not isinstance(value, Tensor) or value.dim() not in (4, 5):
+            return  # The layer itself will say what is wrong with it.
+        shape = tuple(value.shape) if value.dim() == 5 else (1, *value.shape)
+        trains = self.grads and module.weight.requires_grad
+        # Where a part of the forward runs without recording (re-entrant activation checkpointing, which
+        # recomputes it later), the input says nothing: then assume what the weight says.
+        needs = value.requires_grad if torch.is_grad_enabled() else trains
+        meeting = Meeting(
+            batch=shape[0],
+            size=(shape[2], shape[3], shape[4]),
+            dtype=compute_dtype(value),
+            layout=layout_of(module, value),
+            device=value.device,
+            grad_input=self.grads and needs,
+            grad_weight=trains,
+        )
+        if meeting not in self.meetings:
+            self.meetings.append(meeting)
+
+
+def compute_dtype(value: Tensor) -> torch.dtype:
+    """The dtype that a convolution of this input computes in: autocast's, if it is on."""
+    kind = value.device.type
+    if value.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return value.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+
+
+def layout_of(module: nn.Conv3d, value: Tensor) -> str:
+    """The layout in which PyTorch would compute and return the layer's output."""
+    image = value if value.dim() == 5 else value.unsqueeze(0)
+    image = image.detach().to(compute_dtype(value))
+    if module.padding_mode != "zeros":
+        # Circular padding, for one, returns a contiguous tensor whatever it gets.
+        image = F.pad(image, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+    chosen = native.output_format(image, module.weight, module.stride, module.dilation, module.groups)
+    return "channels_last_3d" if chosen == torch.channels_last_3d else "contiguous"
+
+
+def _forward_failed(model: nn.Module, inputs: Inputs, error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    ours = {tensor.device for _, tensor in inputs.tensors()}
+    theirs = {item.device for item in [*model.parameters(), *model.buffers()]}
+    hint = "pass inputs that it takes, or none (each layer then chooses at its first call)"
+    if len(ours) == len(theirs) == 1 and ours != theirs:
+        hint = f"the inputs are on {ours.pop()}, the model on {theirs.pop()}; move the inputs"
+    return f"{type(model).__name__}.forward raised on the example inputs ({text}); {hint}."
+
+
+class _FunctionCalls(TorchFunctionMode):
+    """Notes calls of convolution functions with groups > 1 that come from no module of PyTorch's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(module): name or ROOT for name, module in model.named_modules()}
+        self.found: list[Functional] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        groups = groups_of(func, args, kwargs)
+        if isinstance(groups, int) and groups > 1 and not self._inside_layer():
+            value = args[0] if args else kwargs.get("input")
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            frame = user_frame(sys._getframe())
+            owner = None if frame is None else frame.f_locals.get("self")
+            name = self.names.get(id(owner), "") if isinstance(owner, nn.Module) else ""
+            call = Functional(name or "?", function_name(func), groups, place(frame), shape)
+            if call not in self.found:
+                self.found.append(call)
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _inside_layer() -> bool:
+        """Called by ``nn.Conv3d`` (or a subclass of it): that is a layer, reported as such."""
+        frame = sys._getframe(2)
+        for _ in range(4):
+            if isinstance(frame.f_locals.get("self"), nn.modules.conv._ConvNd):
+                return True
+            if frame.f_back is None:
+                break
+            frame = frame.f_back
+        return False
+
+
+def merge_functional(traced: Sequence[Functional], run: Sequence[Functional]) -> list[Functional]:
+    """Calls that tracing found, with the shapes that a run showed, and those that only the run showed."""
+    shown = {item.where: item for item in run if item.where}
+    merged = [
+        replace(item, groups=shown[item.where].groups, shape=shown[item.where].shape)
+        if item.where in shown
+        else item
+        for item in traced
+    ]
+    places = {item.where for item in traced}
+    return merged + [item for item in run if not item.where or item.where not in places]

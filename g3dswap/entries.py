@@ -1,0 +1,185 @@
+"""The lines of a report: one frozen dataclass for each thing that can happen to a convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+ROOT = "(model)"
+"""How the root module, whose qualified name is empty, is called in reports and messages."""
+
+
+def _numbers(values: Iterable[int]) -> str:
+    """``3x3x3``."""
+    return "x".join(str(value) for value in values)
+
+
+def _short(values: Sequence[int]) -> str:
+    """``1`` for ``(1, 1, 1)``, ``1x2x2`` otherwise."""
+    return str(values[0]) if len(set(values)) == 1 else _numbers(values)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The constructor arguments of a 3D convolution that decide what it computes."""
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    padding_mode: str = "zeros"
+    bias: bool = False
+
+    @classmethod
+    def of(cls, conv: nn.Module) -> Layer:
+        """Read them from a convolution, of ``nn`` or of a namespace with the same attributes."""
+        module: Any = conv
+        padding = module.padding
+        return cls(
+            in_channels=int(module.in_channels),
+            out_channels=int(module.out_channels),
+            groups=int(module.groups),
+            kernel_size=tuple(module.kernel_size),
+            stride=tuple(module.stride),
+            padding=padding if isinstance(padding, str) else tuple(padding),
+            dilation=tuple(module.dilation),
+            padding_mode=str(getattr(module, "padding_mode", "zeros")),
+            bias=getattr(module, "bias", None) is not None,
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Layer:
+        arguments: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        return cls(**arguments)
+
+    def __str__(self) -> str:
+        channels = f"{self.in_channels}->{self.out_channels}"
+        parts = [channels, f"g{self.groups}", _numbers(self.kernel_size)]
+        if set(self.stride) != {1}:
+            parts.append(f"s{_short(self.stride)}")
+        if isinstance(self.padding, str):
+            parts.append(self.padding)
+        elif set(self.padding) != {0}:
+            parts.append(f"p{_short(self.padding)}")
+        if set(self.dilation) != {1}:
+            parts.append(f"d{_short(self.dilation)}")
+        if self.padding_mode != "zeros":
+            parts.append(self.padding_mode)
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class PassChoice:
+    """What runs one of the passes of a layer on one shape, and what is known about its speed."""
+
+    direction: str
+    """``forward``, ``grad_input`` or ``grad_weight``."""
+    source: str
+    """``tuned``, ``cached``, ``shipped``, ``default``, ``nearest``, or ``native``: PyTorch's own kernel."""
+    reason: str = ""
+    seconds: float | None = None
+    native_seconds: float | None = None
+    error: float | None = None
+    """Relative error against float64, as measured when it was tuned."""
+    native: bool = False
+    """PyTorch's own kernel runs this pass."""
+
+    @property
+    def speedup(self) -> float | None:
+        """PyTorch's time over this one's; None where one of them was not measured."""
+        if self.native:
+            return 1.0
+        if not self.seconds or not self.native_seconds:
+            return None
+        return self.native_seconds / self.seconds
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kind of input that a layer met, and the choices made for it."""
+
+    shape: tuple[int, ...]
+    """N, C, T, H, W of the layer's input."""
+    dtype: str
+    layout: str
+    device: str
+    passes: tuple[PassChoice, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Call:
+        passes = tuple(PassChoice(**item) for item in data["passes"])
+        return cls(tuple(data["shape"]), data["dtype"], data["layout"], data["device"], passes)
+
+    def __str__(self) -> str:
+        last = " channels_last" if self.layout == "channels_last_3d" else ""
+        return f"{_numbers(self.shape)} {self.dtype}{last}"
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A layer that is a ``Grouped3D`` now (or, in an inspection, would become one)."""
+
+    name: str
+    geometry: Layer
+    calls: tuple[Call, ...] = ()
+    aliases: tuple[str, ...] = ()
+    """Other names of the same, shared module."""
+    note: str = ""
+    """Why there are no choices yet, if there are none."""
+    verified: bool | None = None
+    """Outputs and gradients were checked against float64 after the swap; None: not checked."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A layer that stays ``nn.Conv3d`` although g3dswap could replace it."""
+
+    name: str
+    geometry: Layer
+    reason: str
+    calls: tuple[Call, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A grouped 3D convolution that g3dswap cannot replace."""
+
+    name: str
+    kind: str
+    """Name of its class."""
+    reason: str
+    groups: int = 0
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Functional:
+    """A call of a convolution function with groups > 1 inside a forward; such a call is not replaced."""
+
+    name: str
+    """The module whose forward makes the call."""
+    function: str
+    groups: int
+    where: str = ""
+    """``file:line`` of the call, where known."""
+    shape: tuple[int, ...] = ()
+    """Shape of its input, where example inputs showed it."""
+
+
+@dataclass(frozen=True)
+class Untraced:
+    """A part of the model that torch.fx cannot trace; its layers were found in the module tree instead."""
+
+    name: str
+    reason: str
+    layers: int = 0
+    """How many grouped layers inside it were taken from the module tree."""
