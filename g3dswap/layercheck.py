@@ -1,0 +1,129 @@
+"""One layer before and after the swap: outputs and gradients on random data, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from g3dswap import native, workload
+from g3dswap.discover import Meeting
+from g3dswap.problem import LAYOUTS
+
+MOST_IMAGES = 2
+"""The batch is a run-time argument of every kernel, so that a small one shows what a large one would."""
+
+
+def check_layer(
+    conv: nn.Conv3d,
+    meeting: Meeting,
+    swap: Callable[[nn.Conv3d], nn.Conv3d],
+    bounds: Mapping[str, float],
+) -> str | None:
+    """What is wrong with the swapped layer on this kind of input; None if nothing is.
+
+    The layer's class and arguments are checked on random weights, in a copy without the hooks: forward
+    and those gradients that a training step needs. The bound is that of a kernel: twice the error of PyTorch
+    on the same data, or the floor of the dtype, or what tuning measured (``bounds``, by direction), whichever
+    is largest. Float64 convolutions are slow: of a large layer only some groups are computed in float64,
+    and the rest is compared with PyTorch's result.
+    """
+    device = meeting.device
+    generator = torch.Generator(device).manual_seed(0)
+    batch = max(1, min(meeting.batch, MOST_IMAGES))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=meeting.dtype)
+
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        weight = torch.empty_like(conv.weight, dtype=meeting.dtype, device=device)
+        weight.data.copy_(normal(*conv.weight.shape))
+        bias = None if conv.bias is None else normal(*conv.bias.shape)
+        twin = _conv(conv, conv.groups, weight.detach(), bias)
+        value = normal(batch, conv.in_channels, *meeting.size)
+        value = value.contiguous(memory_format=LAYOUTS[meeting.layout])
+        with torch.no_grad():
+            shape = twin(value).shape
+        grad = normal(*shape).contiguous(memory_format=LAYOUTS[meeting.layout])
+        theirs = _passes(twin, value, grad, meeting)
+        ours = _passes(swap(twin), value, grad, meeting)
+        groups = _affordable(conv, shape, device.type)
+        reference = _reference(conv, groups, weight, bias, value, grad, meeting)
+    for name, wanted in reference.items():
+        dim = 1 if name in ("forward", "grad_input") else 0
+        own = native.error(_part(theirs[name], groups, conv.groups, dim), wanted)
+        bound = max(2 * own, native.FLOORS[meeting.dtype], bounds.get(name, 0.0))
+        error = native.error(_part(ours[name], groups, conv.groups, dim), wanted)
+        # Both are within their errors of the exact result, so they cannot be further apart than this.
+        if not error <= bound or not workload.distance(ours[name], theirs[name]) <= 2 * bound:
+            return f"{name.replace('_', '-')} has a relative error of {error:.2g}, {bound:.2g} is allowed"
+    return None
+
+
+def _conv(conv: nn.Conv3d, groups: int, weight: Tensor, bias: Tensor | None) -> nn.Conv3d:
+    """A convolution with the arguments of ``conv``, but this many of its groups and these weights."""
+    result = nn.Conv3d(
+        groups * (conv.in_channels // conv.groups),
+        weight.shape[0],
+        conv.kernel_size,  # type: ignore[arg-type]
+        stride=conv.stride,  # type: ignore[arg-type]
+        padding=conv.padding,  # type: ignore[arg-type]
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        groups=groups,
+        bias=bias is not None,
+        padding_mode=conv.padding_mode,
+        device="meta",
+        dtype=weight.dtype,
+    )
+    result.weight = nn.Parameter(weight)
+    result.bias = None if bias is None else nn.Parameter(bias)
+    return result
+
+
+def _passes(layer: nn.Conv3d, value: Tensor, grad: Tensor, meeting: Meeting) -> dict[str, Tensor]:
+    """Forward and the gradients that are needed, by name."""
+    value = value.detach().requires_grad_(meeting.grad_input)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(meeting.grad_weight)
+    with torch.enable_grad():
+        out = layer(value)
+        targets = {"grad_input": value} if meeting.grad_input else {}
+        if meeting.grad_weight:
+            targets["grad_weight"] = layer.weight
+            if layer.bias is not None:
+                targets["grad_bias"] = layer.bias
+        found = torch.autograd.grad(out, list(targets.values()), grad) if targets else ()
+    return {"forward": out.detach(), **dict(zip(targets, found))}
+
+
+def _affordable(conv: nn.Conv3d, shape: torch.Size, device: str) -> list[int]:
+    """The groups whose float64 result can be waited for; the last is always among them."""
+    flops = 2 * prod(shape) * prod(conv.kernel_size) * (conv.in_channels // conv.groups)
+    return workload.spread(conv.groups, int(workload.REFERENCE_FLOPS[device] * conv.groups / max(flops, 1)))
+
+
+def _reference(
+    conv: nn.Conv3d,
+    groups: list[int],
+    weight: Tensor,
+    bias: Tensor | None,
+    value: Tensor,
+    grad: Tensor,
+    meeting: Meeting,
+) -> dict[str, Tensor]:
+    """The same passes of some groups in float64."""
+
+    def part(tensor: Tensor, dim: int) -> Tensor:
+        return _part(tensor.detach(), groups, conv.groups, dim).double().contiguous()
+
+    layer = _conv(conv, len(groups), part(weight, 0), None if bias is None else part(bias, 0))
+    return _passes(layer, part(value, 1), part(grad, 1), meeting)
+
+
+def _part(tensor: Tensor, groups: list[int], count: int, dim: int) -> Tensor:
+    """The slices of these groups along a dimension that all groups share."""
+    width = tensor.shape[dim] // count
+    index = [group * width + item for group in groups for item in range(width)]
+    return tensor.index_select(dim, torch.tensor(index, device=tensor.device))
