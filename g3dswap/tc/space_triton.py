@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from .nest import Nest
 from .schedule import Digit, Schedule, fused_name
-from .space_cpp import SIDE, lane_axes, phases
+from .space_cpp import SIDE, lane_axes, phases, shares
 
 MAX_TERMS = 160
 MAX_ELEMENTS = 8192
@@ -67,46 +67,64 @@ def _power(extent: int, most: int) -> int:
 
 
 def lane_sets(nest: Nest) -> list[tuple[tuple[tuple[str, ...], int], ...]]:
-    """One or two lane dimensions, the last along neighbours in memory of a factor or of the result."""
-    single = [(axes, math.prod(nest.extent(a) or 1 for a in axes)) for axes in lane_axes(nest)]
-    streamed = {a for f in nest.factors for i in f.indices if len(i.terms) > 1 for a in i.axes} | nest.output.axes
+    """One or two lane dimensions, the last of which ends in an axis that is consecutive in memory."""
+    runs = [(axes, math.prod(nest.extent(a) or 1 for a in axes)) for axes in lane_axes(nest)]
+    runs = [(axes, extent) for axes, extent in runs if not any(_side(nest, a) for a in axes)]
+    fast = [(axes, extent) for axes, extent in runs if _consecutive(nest, axes[-1])] or runs
     found: list[tuple[tuple[tuple[str, ...], int], ...]] = []
-    for axes, extent in single:
-        if set(axes) <= streamed:
-            found += [((axes, width),) for width in (32, 64, 128, 256, 512) if width <= max(32, _power(extent, 512))]
-    for (first, many), (second, few) in itertools.permutations(single, 2):
-        if set(first) & set(second):
-            continue
-        for width in (16, 32, 64):
-            for other in (4, 8, 16, 32):
-                if width <= max(16, _power(few, 64)) and other <= max(4, _power(many, 32)):
-                    found.append(((first, other), (second, width)))
+    for axes, extent in fast:
+        widths = [w for w in (32, 64, 128, 256, 512) if w <= max(32, _power(extent, 512))]
+        found += [((axes, width),) for width in widths]
+        for others, many in runs:
+            if set(others) & set(axes) or nest.is_reduce(others[0]) != nest.is_reduce(axes[0]):
+                continue
+            for width, other in itertools.product((16, 32, 64), (4, 16)):
+                if width <= max(16, _power(extent, 64)) and other <= max(4, _power(many, 16)):
+                    found.append(((others, other), (axes, width)))
     return found
 
 
+def _consecutive(nest: Nest, axis: str) -> bool:
+    """Whether the result or a shifted factor steps by one element along an axis."""
+    streamed = [f for f in nest.factors if any(len(i.terms) > 1 for i in f.indices)]
+    return any(
+        s == 1 and abs(i.coefficient(axis)) == 1
+        for access in (nest.output, *(streamed or nest.factors))
+        for i, s in zip(access.indices, nest.tensor(access.tensor).strides)
+    )
+
+
+def _side(nest: Nest, axis: str) -> bool:
+    """Whether an axis is a side of the kernel: short, and added to another axis in some index."""
+    short = (nest.extent(axis) or 0) <= SIDE
+    longer = (
+        max((nest.extent(a) or 0 for a in i.axes), default=0) > (nest.extent(axis) or 0)
+        for f in nest.factors
+        for i in f.indices
+        if len(i.terms) > 1 and i.coefficient(axis)
+    )
+    return short and any(longer)
+
+
 def tiles(nest: Nest, lanes: tuple[tuple[tuple[str, ...], int], ...]) -> list[tuple[tuple[str, int], ...]]:
-    """Unroll counts: kernel sides whole, and windows over the axes that share loads through them."""
+    """Unroll counts: kernel sides whole, and windows over axes that share loads between their steps."""
     covered = {a for axes, _ in lanes for a in axes}
     split = phases(nest)
-    sides = [a for a in nest.axes if a.extent and 1 < a.extent <= SIDE and _small(nest, a.name) and a.name not in covered]
-    windows: list[list[tuple[str, int]]] = []
+    sides = [a for a in nest.axes if a.name not in covered and (a.extent or 0) > 1 and _side(nest, a.name)]
+    windows = []
     for axis in nest.axes:
-        if axis.extent is None or axis.name in covered or axis in sides or axis.extent == 1:
+        if axis.name in covered or axis in sides or (axis.extent or 0) <= 1 or not shares(nest, axis.name):
             continue
-        choices = [c for c in (1, 2, 4, 8) if c <= axis.extent]
-        windows.append([(axis.name, c) for c in (choices[:2] if axis.name in split else choices)])
+        most = 2 if axis.name in split else 8
+        windows.append([(axis.name, c) for c in (1, 2, 4, 8) if c <= min(most, axis.extent or 1)])
     found = []
     for keep in range(len(sides) + 1):
         for window in itertools.product(*windows):
             tile = tuple((a.name, a.extent or 1) for a in sides[keep:]) + tuple(w for w in window if w[1] > 1)
-            if math.prod(c for _, c in tile) * math.prod(split.values()) <= MAX_TERMS:
+            few = sum(c > 1 for _, c in window) <= 2
+            if few and math.prod(c for _, c in tile) * math.prod(split.values()) <= MAX_TERMS:
                 found.append(tile)
     return found
-
-
-def _small(nest: Nest, axis: str) -> bool:
-    """Whether an axis is a side of the kernel: in one index it is added to another axis."""
-    return any(len(i.terms) > 1 and i.coefficient(axis) and (nest.extent(axis) or 0) <= SIDE for f in nest.factors for i in f.indices)
 
 
 def points(nest: Nest) -> list[Point]:
@@ -116,25 +134,33 @@ def points(nest: Nest) -> list[Point]:
         for tile in tiles(nest, lanes):
             own = math.prod(c for a, c in tile if not nest.is_reduce(a)) * math.prod(phases(nest).values())
             if elements * own <= MAX_ELEMENTS:
-                warps = max(1, min(8, elements // 64))
-                found.append(Point(lanes, tile, splits(nest, lanes, tile), warps))
+                found.append(Point(lanes, tile, splits(nest, lanes, tile), max(1, min(8, elements // 64))))
     return found
 
 
-def splits(nest: Nest, lanes: tuple[tuple[tuple[str, ...], int], ...], tile: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
-    """Reductions to split so that there are enough programs, the longest first."""
+def splits(
+    nest: Nest, lanes: tuple[tuple[tuple[str, ...], int], ...], tile: tuple[tuple[str, int], ...]
+) -> tuple[str, ...]:
+    """Reductions to split so that there are enough programs: the batch first, then the longest.
+
+    Nothing is split where the result has the batch, which makes programs enough, and large partial results.
+    """
+    if any(axis.extent is None and not axis.reduce for axis in nest.axes):
+        return ()
     counts = dict(tile)
-    widths = {fused_name(axes): (math.prod(nest.extent(a) or 1 for a in axes), w) for axes, w in lanes}
+    own = {fused_name(axes): (axes, width) for axes, width in lanes}
     parts = {a for axes, _ in lanes for a in axes}
-    programs, reductions = 1, []
-    names = [*widths, *(a.name for a in nest.axes if a.name not in parts)]
-    for name in names:
-        extent, width = widths.get(name, (nest.extent(name) or 1, 1))
+    programs = 1
+    reductions = []
+    for name in [*own, *(a.name for a in nest.axes if a.name not in parts)]:
+        axes, width = own.get(name, ((name,), 1))
+        batch = any(nest.extent(a) is None for a in axes)
+        extent = math.prod(nest.extent(a) or 1 for a in axes if nest.extent(a) is not None)
         steps = -(-extent // (width * counts.get(name, 1)))
         if not _reduces(nest, name):
             programs *= steps
-        elif steps > SIDE or nest.extent(name) is None:
-            reductions.append((nest.extent(name) is None, steps, name))
+        elif batch or steps > SIDE:
+            reductions.append((batch, steps, name))
     chosen = []
     for _, steps, name in sorted(reductions, reverse=True):
         if programs < PROGRAMS:
