@@ -607,6 +607,27 @@ def test_a_sample_is_the_whole_result_cut_to_size(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(workload.Sample(problem, operands).reference, whole)
 
 
+def test_operands_of_any_size_are_random_and_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workload, "PERIOD", 101)
+    problem = Problem("grad_weight", GEOMETRY, layout="channels_last_3d")
+    grad, image, weight = workload.random_operands(problem, 2, 0)
+    assert grad is not None and image is not None and weight is not None
+    assert (grad.shape, image.shape, weight.shape) == ((2, 8, 5, 6, 7), (2, 4, 5, 6, 7), (8, 1, 3, 3, 3))
+    flat = image.contiguous().view(-1)
+    assert torch.equal(flat[:101], flat[101:202]) and flat[:101].unique().numel() == 101
+    assert image.is_contiguous(memory_format=torch.channels_last_3d)
+    assert not torch.equal(grad.contiguous().view(-1)[:101], flat[:101])
+
+
+def test_a_long_first_run_of_pytorch_is_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = PassWorkload(PROBLEM, 1)
+    monkeypatch.setattr(workload, "LONG", 0.0)
+    once = work.time(work.baseline, 0.01)
+    assert once.repeats == 1 and work.time(work.baseline, 0.01) == once
+    monkeypatch.setattr(workload, "LONG", 1e9)
+    assert work.time(work.baseline, 0.01).repeats > 1
+
+
 def test_spread_keeps_the_ends() -> None:
     assert workload.spread(10, 4) == [0, 3, 6, 9]
     assert workload.spread(3, 9) == [0, 1, 2]
