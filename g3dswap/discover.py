@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from g3dswap import native
 from g3dswap.entries import ROOT, Functional, Skipped
 from g3dswap.errors import ArgumentError, ConvertError
-from g3dswap.guard import Inputs, untouched
+from g3dswap.guard import Inputs, a_type, untouched
 from g3dswap.module import Grouped3D
 from g3dswap.problem import DTYPES, dtype_name
 from g3dswap.trace import function_name, groups_of, place, user_frame
@@ -137,7 +138,7 @@ def patterns(
     for item in items:
         if not isinstance(item, str):
             raise ArgumentError(
-                f"{argument} holds a {type(item).__name__}; it takes a qualified layer name or glob such as "
+                f"{argument} holds {a_type(item)}; it takes a qualified layer name or glob such as "
                 "'layer1.*.conv2', or several of them."
             )
         if not any(fnmatchcase(name, item) for name in names):
@@ -200,19 +201,30 @@ def observe(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Shapes:
     Raises:
         ConvertError: the model's forward raised.
     """
+    modules = [site.module for site in sites]
+    runs = model
+    if any(isinstance(item, UninitializedParameter) for item in model.parameters()):
+        # The first run gives lazy modules their sizes, for good.
+        runs = copy.deepcopy(model)
+        twins = dict(zip(map(id, model.modules()), runs.modules()))
+        modules = [cast(nn.Conv3d, twins[id(module)]) for module in modules]
     try:
         try:
-            return _run(model, sites, inputs, keep=False)
+            found, functional = _run(runs, modules, inputs, keep=False)
         except Exception as error:
             if not _needs_saved_tensors(error):
                 raise
-            return _run(model, sites, inputs, keep=True)
+            found, functional = _run(runs, modules, inputs, keep=True)
     except Exception as error:
         raise ConvertError(_forward_failed(model, inputs, error)) from error
+    return Shapes({id(site.module): item for site, item in zip(sites, found)}, functional)
 
 
-def _run(model: nn.Module, sites: Sequence[Site], inputs: Inputs, keep: bool) -> Shapes:
-    result = Shapes({id(site.module): [] for site in sites})
+def _run(
+    model: nn.Module, modules: Sequence[nn.Conv3d], inputs: Inputs, keep: bool
+) -> tuple[list[list[Meeting]], list[Functional]]:
+    """What each module meets, and the functional calls."""
+    meetings: list[list[Meeting]] = [[] for _ in modules]
     grads = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     # The graph is only asked what requires a gradient: what a backward would need is dropped.
     saved = (
@@ -223,17 +235,16 @@ def _run(model: nn.Module, sites: Sequence[Site], inputs: Inputs, keep: bool) ->
     handles: list[Any] = []
     with untouched(model):
         try:
-            for site in sites:
-                hook = _Hook(result.meetings[id(site.module)], grads)
-                handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
+            for module, met in zip(modules, meetings):
+                hook = _Hook(met, grads)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             with saved, _FunctionCalls(model) as calls:
                 fresh = inputs.fresh()
                 model(*fresh.args, **fresh.kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-    result.functional = calls.found
-    return result
+    return meetings, calls.found
 
 
 class _BackwardInside(Exception):

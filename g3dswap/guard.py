@@ -139,7 +139,7 @@ def example(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None) -> 
         return None
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ArgumentError(
-            f"example_kwargs is a {type(kwargs).__name__}; it takes a dict from argument names to values."
+            f"example_kwargs is {a_type(kwargs)}; it takes a dict from argument names to values."
         )
     keywords = dict(kwargs or {})
     args: tuple[Any, ...] = ()
@@ -156,7 +156,7 @@ def example(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None) -> 
         args = tuple(inputs)
     elif inputs is not None:
         raise ArgumentError(
-            f"example_inputs is a {type(inputs).__name__}; it takes a tensor, a tuple or list of positional "
+            f"example_inputs is {a_type(inputs)}; it takes a tensor, a tuple or list of positional "
             "arguments, or a dict of keyword arguments."
         )
     result = Inputs(args, keywords)
@@ -226,3 +226,9 @@ def named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif is_dataclass(value) and not isinstance(value, type):
         for item in fields(value):
             yield from named_tensors(getattr(value, item.name), f"{name}.{item.name}")
+
+
+def a_type(value: Any) -> str:
+    """``a list``, ``an int``: what a message calls a value of the wrong type."""
+    name = type(value).__name__
+    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from g3dswap.errors import ArgumentError, ConvertError, VerificationError
-from g3dswap.guard import Inputs, example, named_tensors, untouched
+from g3dswap.guard import Inputs, a_type, example, named_tensors, untouched
 from g3dswap.native import FLOORS
 from g3dswap.replay import Record, Replay
 
@@ -133,7 +133,7 @@ def verify(
     """
     for role, model in (("before", before), ("after", after)):
         if not isinstance(model, nn.Module):
-            raise ArgumentError(f"verify() takes two torch.nn.Modules; {role} is a {type(model).__name__}.")
+            raise ArgumentError(f"verify() takes two torch.nn.Modules; {role} is {a_type(model)}.")
     inputs = example(before, example_inputs, example_kwargs)
     if inputs is None:
         raise ArgumentError("verify() needs example_inputs: what the model's forward takes.")

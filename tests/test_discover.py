@@ -121,8 +121,8 @@ def test_patterns() -> None:
         ("layer1", NAMES, r"; write 'layer1.*' for the 2 inside it."),
         ("zzz", NAMES, "; there are 'layer1.0.conv2', 'layer1.1.conv2', 'layer2.0.conv2'."),
         ("zzz", [], "; the model has none."),
-        ([3], NAMES, "include holds a int; it takes a qualified layer name or glob such as"),
-        (7, NAMES, "include holds a int"),
+        ([3], NAMES, "include holds an int; it takes a qualified layer name or glob such as"),
+        (7, NAMES, "include holds an int"),
     ],
 )
 def test_pattern_that_matches_nothing(value: Any, names: list[str], message: str) -> None:

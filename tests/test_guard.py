@@ -154,7 +154,7 @@ def test_no_example_inputs() -> None:
     ("inputs", "kwargs", "message"),
     [
         ("x", None, "example_inputs is a str; it takes a tensor, a tuple or list of positional"),
-        (X, 3, "example_kwargs is a int; it takes a dict from argument names to values."),
+        (X, 3, "example_kwargs is an int; it takes a dict from argument names to values."),
         ({"x": X}, {"x": X}, "The argument 'x' is in example_inputs and in example_kwargs; give it once."),
         ((), None, "example_inputs holds no tensor; pass what the model's forward takes."),
         ((1, 2), None, "example_inputs holds no tensor"),

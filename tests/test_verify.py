@@ -289,7 +289,7 @@ class Nothing(nn.Module):
 @pytest.mark.parametrize(
     ("before", "after", "inputs", "error", "message"),
     [
-        (3, nn.ReLU(), X, ArgumentError, "verify() takes two torch.nn.Modules; before is a int."),
+        (3, nn.ReLU(), X, ArgumentError, "verify() takes two torch.nn.Modules; before is an int."),
         (nn.ReLU(), None, X, ArgumentError, "verify() takes two torch.nn.Modules; after is a NoneType."),
         (nn.ReLU(), nn.ReLU(), None, ArgumentError, "verify() needs example_inputs: what the model's"),
         (

@@ -1,0 +1,371 @@
+"""Converting a model: its grouped ``nn.Conv3d`` layers become ``Grouped3D``, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from g3dswap.choice import Choice
+from g3dswap.choose import EFFORTS, MIN_SPEEDUP, Chooser, install, open_cache
+from g3dswap.decide import Decision, call_of, decide, keep, peek, problems, swap_later
+from g3dswap.discover import Meeting, Shapes, Site, merge_functional, observe
+from g3dswap.entries import Kept, Layer, Swapped
+from g3dswap.errors import ArgumentError, ConvertError, G3DSwapWarning
+from g3dswap.guard import Inputs, a_type, example
+from g3dswap.layercheck import check_layer
+from g3dswap.module import Grouped3D
+from g3dswap.plan import Plan, forget_choices, keep_choices, read_plan
+from g3dswap.problem import Problem
+from g3dswap.report import Report, forget, store
+from g3dswap.selection import Selection, check_model, select
+from g3dswap.trace import Trace, trace
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    inplace: bool = False,
+    tune: str = "quick",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    min_speedup: float = 1.05,
+    cache: str | Path | None = None,
+    plan: str | Path | None = None,
+    verify: bool = True,
+    strict: bool = False,
+    progress: bool = True,
+) -> nn.Module:
+    """Replace ``nn.Conv3d`` layers with groups > 1 by faster ``Grouped3D`` ones with the same weights.
+
+    The model keeps its class, module tree, state_dict keys, hooks and modes. Which layers its forward reaches
+    is found with torch.fx; parts that cannot be traced are looked up in the module tree.
+
+    Args:
+        model: any module; a layer that is a ``Conv3d`` itself may be the model.
+        example_inputs: what the forward takes: a tensor, a tuple or list of positional arguments, or a dict
+            of keyword arguments. The model is run on them once, and left untouched, to see the shapes that
+            its layers meet; their kernels are then chosen. Without them each layer chooses at its first
+            call. Under ``torch.no_grad()`` only forward passes are chosen.
+        example_kwargs: keyword arguments to go with them.
+        inplace: change this model and keep the very same Parameter objects (optimizers stay valid), instead
+            of a deep copy. A model that is a ``Conv3d`` itself cannot change in place: use what is returned.
+        tune: "none" (untimed default kernels), "cached" (only what was tuned before), "quick" or "full".
+        include, exclude: globs on fully qualified layer names, such as ``"layer1.*.conv2"``.
+        min_speedup: how much faster than PyTorch's a kernel must be; a layer where none is stays as it was.
+        cache: directory of the options cache, by default that of the user.
+        plan: a file written by ``save_plan``: its layers are swapped, with its choices.
+        verify: check the outputs and gradients of every swapped layer against float64, and put back those
+            that fail.
+        strict: a grouped convolution that cannot be swapped (a subclass, say) is an error.
+        progress: show a bar while tuning.
+
+    Returns:
+        The converted model; ``g3dswap.report`` says what was done.
+
+    Raises:
+        ArgumentError: a wrong argument, inputs that do not fit, a pattern that matches nothing.
+        ConvertError: the model is wrapped (DDP, compiled, ...), its forward raised, or ``strict`` forbids.
+        PlanError: the plan cannot be read, or was made for another model.
+    """
+    check_model(model, "convert")
+    given = example(model, example_inputs, example_kwargs)
+    chooser = _chooser(cache, tune, min_speedup, progress)
+    planned = None if plan is None else read_plan(plan)
+    selection = select(model, include, exclude)
+    if strict:
+        selection.check_strict()
+    if planned is not None:
+        planned.check({site.names[0]: Layer.of(site.module) for site in selection.sites})
+        _install(planned)
+    if not inplace:
+        model = _copied(model)
+        selection = select(model, include, exclude)
+    traced, shapes = _look(model, selection, given)
+    began = time.monotonic()
+    decisions = _decide_all(selection, traced, shapes, planned, given is not None, chooser)
+    elapsed = time.monotonic() - began
+    swap = _Swap(tune, cache)
+    if verify:
+        _verify_all(decisions, swap)
+    new = {
+        id(item.site.module): swap(item.site.module, bool(item.choices))
+        for item in decisions
+        if item.swap and not isinstance(item.site.module, Grouped3D)
+    }
+    model = _replaced(model, new)
+    store(model, _report("converted", selection, decisions, traced, shapes, elapsed))
+    keep_choices(model, {choice.problem: choice for item in decisions for choice in item.choices}.values())
+    return model
+
+
+def inspect(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    cache: str | Path | None = None,
+) -> Report:
+    """The report that ``convert`` would give, with the times that the cache knows; changes and tunes nothing.
+
+    Raises:
+        ArgumentError, ConvertError: as ``convert``.
+    """
+    check_model(model, "inspect")
+    given = example(model, example_inputs, example_kwargs)
+    chooser = _chooser(cache, "cached", MIN_SPEEDUP, False)
+    selection = select(model)
+    traced, shapes = _look(model, selection, given)
+    decisions = []
+    for site in selection.sites:
+        meetings = shapes.meetings.get(id(site.module), [])
+        decision = _without_inputs(site, selection, traced, meetings, given is not None, "quick")
+        decisions.append(decision or _peeked(site, meetings, chooser))
+    return _report("inspected", selection, decisions, traced, shapes, 0.0)
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Turn every ``Grouped3D`` back into an ``nn.Conv3d`` with the very same Parameter objects, in place.
+
+    Returns the model, which is another object only if it is a ``Grouped3D`` itself.
+
+    Raises:
+        ArgumentError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"revert() takes a torch.nn.Module, not {a_type(model)}.")
+    forget(model)
+    forget_choices(model)
+    modules = [module for module in model.modules() if isinstance(module, Grouped3D)]
+    return _replaced(model, {id(module): module.to_conv() for module in modules})
+
+
+def _chooser(cache: str | Path | None, tune: str, min_speedup: float, progress: bool) -> Chooser:
+    if not isinstance(tune, str) or tune not in EFFORTS:
+        raise ArgumentError(f"tune={tune!r} is unknown; use one of {', '.join(EFFORTS)}.")
+    number = isinstance(min_speedup, (int, float)) and not isinstance(min_speedup, bool)
+    if not number or not math.isfinite(min_speedup) or min_speedup <= 0:
+        raise ArgumentError(f"min_speedup={min_speedup!r} must be a number above 0, say 1.05.")
+    if cache is not None and not isinstance(cache, (str, Path)):
+        raise ArgumentError(f"cache is {a_type(cache)}; it takes the path of a directory.")
+    return Chooser(open_cache(cache), tune, min_speedup, progress)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ConvertError(
+            f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {first}); pass "
+            "inplace=True to change the model itself."
+        ) from error
+
+
+# What is in the model
+
+
+def _look(model: nn.Module, selection: Selection, given: Inputs | None) -> tuple[Trace, Shapes]:
+    """What the model's forward reaches, and the inputs that its layers meet."""
+    if any(id(model) == id(site.module) for site in selection.sites):
+        traced = Trace(reached={id(model)})
+    else:
+        traced = trace(model, selection.known, given)
+    if given is None or any(site.module.weight.is_meta for site in selection.sites):
+        return traced, Shapes()
+    return traced, observe(model, selection.sites, given)
+
+
+def _decide_all(
+    selection: Selection,
+    traced: Trace,
+    shapes: Shapes,
+    planned: Plan | None,
+    ran: bool,
+    chooser: Chooser,
+) -> list[Decision]:
+    """One decision for every layer; each distinct problem is chosen once."""
+    made: dict[Problem, Choice] = {}
+
+    def choose(problem: Problem, batch: int, label: str) -> Choice:
+        if problem not in made:
+            made[problem] = chooser.choose(problem, batch, label)
+        return made[problem]
+
+    met: dict[int, list[Meeting]] = {}
+    simple: dict[int, Decision] = {}
+    for site in selection.sites:
+        key = id(site.module)
+        met[key] = shapes.meetings.get(key, [])
+        if planned is not None and not ran:
+            met[key] = planned.meetings(site.names[0], site.module.weight.device)
+        decision = _planned_kept(site, planned)
+        decision = decision or _without_inputs(site, selection, traced, met[key], ran, chooser.tune)
+        if decision:
+            simple[key] = decision
+    waiting = [site for site in selection.sites if id(site.module) not in simple]
+    pairs = [(site.module, meeting) for site in waiting for meeting in met[id(site.module)]]
+    chooser.expect(len({problem for conv, meeting in pairs for problem in problems(conv, meeting)}))
+    return [
+        simple.get(id(site.module)) or decide(site, met[id(site.module)], choose) for site in selection.sites
+    ]
+
+
+def _planned_kept(site: Site, planned: Plan | None) -> Decision | None:
+    """The decision for a layer that the plan keeps."""
+    if planned is None or planned.layers[site.names[0]].swapped or isinstance(site.module, Grouped3D):
+        return None
+    return keep(site, planned.layers[site.names[0]].reason)
+
+
+def _without_inputs(
+    site: Site,
+    selection: Selection,
+    traced: Trace,
+    meetings: Sequence[Meeting],
+    ran: bool,
+    tune: str,
+) -> Decision | None:
+    """The decision for a layer that needs no choice, or can have none yet."""
+    is_swapped = isinstance(site.module, Grouped3D)
+    refused = selection.refused(site.names)
+    if refused and not is_swapped:
+        return keep(site, refused)
+    kind = site.module.weight.device.type
+    if kind not in ("cpu", "cuda", "meta"):
+        return keep(site, f"there are no kernels for {kind} devices")
+    if meetings:
+        return None
+    if is_swapped:
+        return swap_later(site, "")
+    if id(site.module) not in traced.reached and selection.include is None:
+        return keep(
+            site,
+            "no forward reaches it, in train or eval mode; name it in include= to swap it all the same",
+        )
+    later = f'chooses its kernels at its first call (tune="{tune}")'
+    if kind == "meta":
+        return swap_later(site, f"on the meta device; {later}")
+    return swap_later(site, f"not called on the example inputs; {later}" if ran else later)
+
+
+def _peeked(site: Site, meetings: Sequence[Meeting], chooser: Chooser) -> Decision:
+    """The decision that the cache alone allows."""
+    layer = Layer.of(site.module)
+    calls = tuple(
+        call_of(layer, meeting, [peek(chooser, problem) for problem in problems(site.module, meeting)])
+        for meeting in meetings
+    )
+    passes = [item for call in calls for item in call.passes]
+    if all(item.native for item in passes):
+        reasons = dict.fromkeys(item.reason for item in passes)
+        reason = f"PyTorch's own kernels stay in every pass: {'; '.join(reasons)}"
+        return Decision(site, Kept(site.name, layer, reason, calls, site.aliases))
+    return Decision(site, Swapped(site.name, layer, calls, site.aliases))
+
+
+def _install(planned: Plan) -> None:
+    """Let the plan decide, unless its times are those of another machine."""
+    foreign = planned.foreign()
+    if foreign is None:
+        install(planned.choices)
+        return
+    warnings.warn(
+        f"The plan {planned.path} was made on another machine ({foreign}), where other kernels are fast: its "
+        "layers are swapped, but their kernels are chosen anew.",
+        G3DSwapWarning,
+        stacklevel=3,
+    )
+
+
+# Changing the model
+
+
+class _Swap:
+    """Makes the replacement of a layer."""
+
+    def __init__(self, tune: str, cache: str | Path | None) -> None:
+        self.tune = tune
+        self.cache = None if cache is None else str(cache)
+
+    def __call__(self, conv: nn.Conv3d, chosen: bool) -> nn.Conv3d:
+        # Shapes that come up later in a layer that has its kernels do not stop the run for tuning.
+        tune = "cached" if chosen and self.tune != "none" else self.tune
+        return Grouped3D.from_conv(conv, tune=tune, cache=self.cache)
+
+
+def _verify_all(decisions: Sequence[Decision], swap: _Swap) -> None:
+    """Check each distinct swapped layer on what it met; keep those that fail as they were."""
+    known: dict[tuple[Layer, Meeting], str | None] = {}
+    for decision in decisions:
+        entry, conv = decision.entry, decision.site.module
+        if not isinstance(entry, Swapped) or not decision.meetings:
+            continue
+        bounds: dict[str, float] = {}
+        for choice in decision.choices:
+            name = choice.problem.direction
+            bounds[name] = max(bounds.get(name, 0.0), choice.bound or 0.0)
+        for meeting in decision.meetings:
+            key = (entry.geometry, meeting)
+            if key not in known:
+                known[key] = check_layer(conv, meeting, lambda layer: swap(layer, True), bounds)
+        failed = [known[entry.geometry, meeting] for meeting in decision.meetings]
+        wrong = next((reason for reason in failed if reason), None)
+        if wrong:
+            decision.keep(f"not swapped, because it would compute something else: {wrong}")
+        else:
+            decision.entry = replace(entry, verified=True)
+
+
+def _replaced(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+    """Put the new modules in the place of the old ones (``id(old) -> new``), wherever they are referred to.
+
+    Beside the registered children that is every attribute, and every list, tuple or dict that an attribute
+    holds: a model may keep a plain list of its layers too.
+    """
+    if not new:
+        return model
+    for module in list(model.modules()):
+        attributes = vars(module)
+        for name, value in list(attributes.items()):
+            if id(value) in new:
+                attributes[name] = new[id(value)]
+            elif type(value) in (list, tuple) and any(id(item) in new for item in value):
+                items = [new.get(id(item), item) for item in value]
+                if type(value) is tuple:
+                    attributes[name] = tuple(items)
+                else:
+                    value[:] = items  # the same list: others may hold it
+            elif type(value) in (dict, OrderedDict):
+                value.update({key: new[id(item)] for key, item in value.items() if id(item) in new})
+    return new.get(id(model), model)
+
+
+def _report(
+    kind: str,
+    selection: Selection,
+    decisions: Sequence[Decision],
+    traced: Trace,
+    shapes: Shapes,
+    seconds: float,
+) -> Report:
+    entries = [decision.entry for decision in decisions]
+    return Report(
+        kind=kind,
+        swapped=[entry for entry in entries if isinstance(entry, Swapped)],
+        kept=[entry for entry in entries if isinstance(entry, Kept)],
+        skipped=list(selection.skipped),
+        functional=merge_functional(traced.functional, shapes.functional),
+        untraced=list(traced.untraced),
+        tuning_seconds=seconds,
+    )
