@@ -73,7 +73,8 @@ def _no_layer(name: str | None, names: Sequence[str]) -> str:
     if name is None:
         return f"The model has {len(names)} grouped layers; choose one with --layer: {', '.join(names)}."
     close = difflib.get_close_matches(name, names, 3)
-    remedy = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}."
+    verb = "is" if len(names) == 1 else "are"
+    remedy = f"did you mean {' or '.join(close)}?" if close else f"there {verb} {', '.join(names)}."
     return f"The model has no grouped layer {name!r}; {remedy}"
 
 

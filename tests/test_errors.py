@@ -22,9 +22,17 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+import g3dswap
 from g3dswap import checkpoint, cli
 from g3dswap.arch import parse_inputs, parse_kwargs
-from g3dswap.errors import ArgumentError, CheckpointError, G3DSwapError, NotationError
+from g3dswap.errors import (
+    ArgumentError,
+    CheckpointError,
+    ConvertError,
+    G3DSwapError,
+    NotationError,
+    PlanError,
+)
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc.cache import Cache
 from g3dswap.tc.parser import parse
@@ -406,8 +414,30 @@ COMMAND_LINE = [
         "tune --channels 4 --stride 0 --size 5",
         "stride=(0, 0, 0) must be three integers (time, height, width) of at least 1.",
     ),
+    # Layers and plans
+    Mistake(
+        f"{CONVERT} --include conv1",
+        "include='conv1' matches no convolution with groups > 1; there are '0'.",
+    ),
+    Mistake(
+        f"{CONVERT} --plan plan.json",
+        "The plan plan.json is not JSON (REASON); save it again with g3dswap.save_plan.",
+    ),
+    Mistake(
+        f"{CONVERT} --plan missing.json",
+        "The plan missing.json cannot be read (No such file or directory); check the path.",
+    ),
+    Mistake(
+        f"{CONVERT} --input 1x3x5x5x5",
+        "Sequential.forward raised on the example inputs (RuntimeError: REASON); pass inputs that"
+        " it takes, or none (each layer then chooses at its first call).",
+    ),
     # Schedules
-    Mistake("show", "Say which convolution: --channels and --size, or a model's with --input.", 2),
+    Mistake(
+        "show",
+        "Say which convolution: --channels and --size, or a model's with --input.",
+        2,
+    ),
     Mistake(
         f"show {GIVEN} --channels 4 --size 5",
         "Give either a model or a convolution (--channels ...), not both.",
@@ -415,7 +445,7 @@ COMMAND_LINE = [
     ),
     Mistake(
         f"show {GIVEN} --layer conv",
-        "The model has no grouped layer 'conv'; there are 0.",
+        "The model has no grouped layer 'conv'; there is 0.",
     ),
     Mistake(
         "show --arch nets:plain --input 1x4x5x5x5 --device cpu",
@@ -423,14 +453,14 @@ COMMAND_LINE = [
     ),
     Mistake(
         "show --channels 4 --size 5 --schedule {",
-        "Invalid value for '--schedule': '{' is no JSON (Expecting property name enclosed in double "
-        "quotes: line 1 column 2 (char 1)); copy a schedule from `g3dswap cache show`.",
+        "Invalid value for '--schedule': '{' is no JSON (Expecting property name enclosed in "
+        "double quotes: line 1 column 2 (char 1)); copy a schedule from `g3dswap cache show`.",
         2,
     ),
     Mistake(
         "show --channels 4 --size 5 --schedule {}",
-        "Invalid value for '--schedule': a schedule is a mapping with digits, fuse, stage and hints, "
-        "not '{}' ('digits'); tune the layer again.",
+        "Invalid value for '--schedule': a schedule is a mapping with digits, fuse, stage and "
+        "hints, not '{}' ('digits'); tune the layer again.",
         2,
     ),
     # The cache
@@ -492,7 +522,167 @@ def geometry(**fields: Any) -> Geometry:
     )
 
 
+def conv() -> nn.Conv3d:
+    return nn.Conv3d(4, 4, 3, groups=4)
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(conv())
+
+
+def compiled() -> Any:
+    with warnings.catch_warnings():  # PyTorch deprecates what its compiler imports
+        warnings.simplefilter("ignore")
+        return torch.compile(net())
+
+
+class Special(nn.Conv3d):
+    """A layer whose forward may do anything."""
+
+
+def subclassed() -> nn.Sequential:
+    return nn.Sequential(Special(4, 4, 3, groups=4))
+
+
+def grouped() -> nn.Module:
+    return g3dswap.Grouped3D(4, 4, 3, groups=4, tune="none")
+
+
 PYTHON = [
+    Call(
+        "convert a list",
+        lambda: g3dswap.convert([conv()]),
+        ArgumentError,
+        "convert() takes a torch.nn.Module, not a list.",
+    ),
+    Call(
+        "convert a class",
+        lambda: g3dswap.convert(nn.Conv3d),
+        ArgumentError,
+        "convert() takes a model, and Conv3d is a class; make an instance.",
+    ),
+    Call(
+        "unknown tune",
+        lambda: g3dswap.convert(conv(), tune="fast"),
+        ArgumentError,
+        "tune='fast' is unknown; use one of none, cached, quick, full.",
+    ),
+    Call(
+        "no speed-up",
+        lambda: g3dswap.convert(conv(), min_speedup=0),
+        ArgumentError,
+        "min_speedup=0 must be a number above 0, say 1.05.",
+    ),
+    Call(
+        "unknown layer",
+        lambda: g3dswap.convert(net(), include="conv1"),
+        ArgumentError,
+        "include='conv1' matches no convolution with groups > 1; there are '0'.",
+    ),
+    Call(
+        "a prefix of layers",
+        lambda: g3dswap.convert(nn.Sequential(net()), exclude="0"),
+        ArgumentError,
+        "exclude='0' matches no convolution with groups > 1; write '0.*' for the 1 inside it.",
+    ),
+    Call(
+        "inputs of other channels",
+        lambda: g3dswap.convert(net(), torch.ones(1, 3, 5, 5, 5)),
+        ConvertError,
+        "Sequential.forward raised on the example inputs (RuntimeError: REASON); pass inputs that"
+        " it takes, or none (each layer then chooses at its first call).",
+    ),
+    Call(
+        "too many inputs",
+        lambda: g3dswap.convert(net(), (torch.ones(1), torch.ones(1))),
+        ArgumentError,
+        "example_inputs do not fit Sequential.forward(input): too many positional arguments.",
+    ),
+    Call(
+        "a compiled model",
+        lambda: g3dswap.convert(compiled()),
+        ConvertError,
+        "The model is wrapped by torch.compile; convert the original (its _orig_mod) and compile the result.",
+    ),
+    Call(
+        "a layer that cannot be swapped",
+        lambda: g3dswap.convert(subclassed(), strict=True),
+        ConvertError,
+        "With strict=True every grouped convolution has to be swapped, and '0' cannot be: Special"
+        " is a subclass, whose forward may do more than nn.Conv3d's; exclude it, or leave strict "
+        "out.",
+    ),
+    Call(
+        "a missing plan",
+        lambda: g3dswap.convert(net(), plan="missing.json"),
+        PlanError,
+        "The plan missing.json cannot be read (No such file or directory); check the path.",
+    ),
+    Call(
+        "a damaged plan",
+        lambda: g3dswap.convert(net(), plan="plan.json"),
+        PlanError,
+        "The plan plan.json is not JSON (REASON); save it again with g3dswap.save_plan.",
+    ),
+    Call(
+        "a checkpoint as the plan",
+        lambda: g3dswap.convert(net(), plan="model.pth"),
+        PlanError,
+        "The plan model.pth is not JSON (REASON); save it again with g3dswap.save_plan.",
+    ),
+    Call(
+        "a report of nothing",
+        lambda: g3dswap.report(net()),
+        ArgumentError,
+        "This Sequential was not converted by g3dswap.convert: there is nothing to report; "
+        "g3dswap.inspect(model) shows what a conversion would do.",
+    ),
+    Call(
+        "a plan of nothing",
+        lambda: g3dswap.save_plan(net(), "new.json"),
+        ArgumentError,
+        "save_plan() takes a model that g3dswap.convert returned, and this Sequential is none; "
+        "convert it first.",
+    ),
+    Call(
+        "two different models",
+        lambda: g3dswap.verify(net(), conv(), torch.ones(1, 4, 5, 5, 5)),
+        ArgumentError,
+        "before and after are not the same model: their parameter '0.bias' differs in name or "
+        "shape; pass a model and its converted copy.",
+    ),
+    Call(
+        "groups that do not divide",
+        lambda: g3dswap.Grouped3D(6, 6, 3, groups=4),
+        ArgumentError,
+        "in_channels=6 is not divisible by groups=4; choose a group count that divides both channel counts.",
+    ),
+    Call(
+        "filters that do not divide",
+        lambda: g3dswap.Grouped3D(4, 6, 3, groups=4),
+        ArgumentError,
+        "out_channels=6 is not divisible by groups=4; choose a group count that divides both channel counts.",
+    ),
+    Call(
+        "an input of two dimensions",
+        lambda: grouped()(torch.ones(4, 5)),
+        ArgumentError,
+        "The input of shape (4, 5) has 2 dimensions; pass one of shape (4, T, H, W) or (N, 4, T, H, W).",
+    ),
+    Call(
+        "an input of other channels",
+        lambda: grouped()(torch.ones(1, 5, 5, 5, 5)),
+        ArgumentError,
+        "The input of shape (1, 5, 5, 5, 5) has 5 channels; pass one of shape (4, T, H, W) or (N,"
+        " 4, T, H, W).",
+    ),
+    Call(
+        "an input of another dtype",
+        lambda: grouped()(torch.ones(1, 4, 5, 5, 5).double()),
+        ArgumentError,
+        "The input is float64 but the weight is float32; convert one of them with .to(dtype), or "
+        "run under autocast.",
+    ),
     Call(
         "kernel of two extents",
         lambda: geometry(kernel=(3, 3)),

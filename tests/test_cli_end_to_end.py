@@ -1,0 +1,153 @@
+"""The command line with nothing replaced: a small network, untimed default kernels, real files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner, Result
+from torch import nn
+
+from g3dswap import choose, cli
+from g3dswap.errors import G3DSwapWarning
+
+NETS = """
+from torch import nn
+def net(width=8):
+    return nn.Sequential(
+        nn.Conv3d(2, width, 1), nn.Conv3d(width, width, 3, padding=1, groups=width), nn.BatchNorm3d(width)
+    )
+"""
+GIVEN = ["--arch", "user_tiny:net", "--input", "2x2x3x5x6", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current directory, with the weights of a network in it; the process knows no choices yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / "user_tiny.py").write_text(NETS)
+    state = {f"module.{name}": value for name, value in net().state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "model.pth")
+    choose.forget()
+    yield tmp_path
+    choose.forget()
+    sys.modules.pop("user_tiny", None)
+
+
+def net() -> nn.Sequential:
+    import user_tiny  # type: ignore[import-not-found]
+
+    model: nn.Sequential = user_tiny.net()
+    return model
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, arguments, prog_name="g3dswap")
+
+
+def succeeds(*arguments: str) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def load(path: str) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def test_convert_then_verify_then_convert_by_the_plan() -> None:
+    report = json.loads(
+        succeeds("convert", "model.pth", "-o", "fast.pth", *GIVEN, "--tune", "none", "--json")
+    )
+    (layer,) = report["swapped"]
+    assert (layer["name"], layer["verified"]) == ("1", True)
+    assert {choice["source"] for choice in layer["calls"][0]["passes"]} == {"default"}
+
+    before, after = load("model.pth"), load("fast.pth")
+    assert after["epoch"] == 3
+    assert list(after["state_dict"]) == list(before["state_dict"])
+    assert all(torch.equal(after["state_dict"][k], v) for k, v in before["state_dict"].items())
+    original = nn.DataParallel(net())  # where the original loads, what came out loads
+    original.load_state_dict(after["state_dict"])
+
+    verification = json.loads(succeeds("verify", "model.pth", "fast.pth", *GIVEN, "--json"))
+    assert verification["ok"] is True
+    assert any(item["name"] == "grad 1.weight" for item in verification["tensors"])
+
+    words = [
+        "convert",
+        "model.pth",
+        "-o",
+        "again.pth",
+        "--arch",
+        "user_tiny:net",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    again = json.loads(succeeds(*words, "--plan", "fast.plan.json"))
+    assert [item["name"] for item in again["swapped"]] == ["1"]
+    assert Path("again.plan.json").exists()
+
+
+def test_verify_finds_other_weights() -> None:
+    data = load("model.pth")
+    data["state_dict"]["module.1.weight"] *= 1.01
+    torch.save(data, "changed.pth")
+    result = run("verify", "model.pth", "changed.pth", *GIVEN, "--tune", "none")
+    assert result.exit_code == 3
+    assert "FAILED" in result.stdout
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_inspect_and_show() -> None:
+    report = json.loads(succeeds("inspect", "model.pth", *GIVEN, "--json"))
+    assert [layer["name"] for layer in report["swapped"]] == ["1"]
+    assert "would be swapped" in succeeds("inspect", "model.pth", *GIVEN)
+    nest = succeeds("show", "model.pth", *GIVEN, "--stage", "nest", "--pass", "grad_input")
+    assert nest.startswith("nest grad_input\n")
+    assert nest == succeeds("show", *GIVEN, "--layer", "1", "--stage", "nest", "--pass", "grad_input")
+
+
+def test_a_whole_module_and_safetensors() -> None:
+    torch.save(net(), "whole.pth")
+    given = ["--input", "2x2x3x5x6", "--device", "cpu", "--tune", "none", "--trust"]
+    succeeds("convert", "whole.pth", "-o", "fast.pth", *given)
+    fast = torch.load("fast.pth", weights_only=False)
+    assert type(fast[1]).__name__ == "Grouped3D"
+    assert fast(torch.ones(1, 2, 3, 5, 6)).shape == (1, 8, 3, 5, 6)
+    safetensors.torch.save_file(net().state_dict(), "model.safetensors")
+    succeeds("convert", "model.safetensors", "-o", "tensors.safetensors", *GIVEN, "--tune", "none")
+    assert safetensors.torch.load_file("tensors.safetensors").keys() == net().state_dict().keys()
+
+
+@pytest.mark.filterwarnings("always::g3dswap.errors.G3DSwapWarning")
+def test_without_a_compiler_pytorchs_kernels_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    result = run("convert", "model.pth", "-o", "fast.pth", *GIVEN, "--quiet")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: PyTorch's own kernels run: no C++ compiler 'c++' on the PATH; ")
+    assert result.stderr.count("\n") == 1
+    assert "0 of 1 grouped layer swapped, 1 kept" in result.stdout
+    assert load("fast.pth").keys() == load("model.pth").keys()
+
+
+@pytest.mark.filterwarnings("always::g3dswap.errors.G3DSwapWarning")
+def test_an_unwritable_cache_costs_no_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "cache").write_text("no directory")
+    monkeypatch.setenv("G3DSWAP_CACHE_DIR", str(folder / "cache"))
+    result = run("convert", "model.pth", "-o", "fast.pth", *GIVEN, "--tune", "cached", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert f"warning: The options cache {folder}/cache" in result.stderr
+    assert (folder / "cache").read_text() == "no directory"
+    assert load("fast.pth").keys() == load("model.pth").keys()
+    assert issubclass(G3DSwapWarning, UserWarning)
