@@ -99,7 +99,7 @@ def test_failed_write_leaves_the_old_plan(path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(PlanError, match=r"The plan cannot be written to .* \(No space left on device\); choose"):
+    with pytest.raises(PlanError, match=r"The plan cannot be written to .* \(No space left on device\)"):
         save_plan(convert(Net(), X), path)
     assert path.read_text() == before and list(path.parent.iterdir()) == [path]
 
@@ -107,7 +107,7 @@ def test_failed_write_leaves_the_old_plan(path: Path, monkeypatch: pytest.Monkey
 def test_plan_of_another_machine_is_not_trusted_to_be_fast(path: Path, chooser: FakeChooser) -> None:
     change(path, lambda data: data["machines"]["cpu"].update(device_name="Other CPU"))
     chooser.asked.clear()
-    with pytest.warns(G3DSwapWarning, match=r"was made on another machine \(Other CPU\), where other kernels"):
+    with pytest.warns(G3DSwapWarning, match=r"was made on another machine \(Other CPU\), where other"):
         fast = convert(Net(), plan=path)
     assert not choose._plan and chooser.asked
     assert len(report(fast).swapped) == 2
@@ -128,8 +128,8 @@ class Wider(Net):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Deeper, "made for another model: the model's layer 'layers.2.conv2' is not in it; convert without plan="),
-        (lambda: Block(8), "made for another model: its layer 'down' is not in the model; convert without plan="),
+        (Deeper, "made for another model: the model's layer 'layers.2.conv2' is not in it; convert"),
+        (lambda: Block(8), "made for another model: its layer 'down' is not in the model; convert"),
         (Wider, "layer 'layers.1.conv2' is 8->8 g4 3x3x3 p1 in the plan and 8->8 g4 5x5x5 p2 in the model;"),
         (lambda: nn.ReLU(), "its layer 'down' is not in the model"),
     ],
@@ -163,7 +163,7 @@ def put(value: Any, *keys: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (put(2, "g3dswap_plan"), "has schema 2, this version of g3dswap reads 1; convert without plan= and save"),
+        (put(2, "g3dswap_plan"), "has schema 2, this version of g3dswap reads 1; convert without plan="),
         (drop("g3dswap_plan"), "is no plan of g3dswap; write one with g3dswap.save_plan(model, path)."),
         (drop("layers"), "is damaged (no field 'layers'); save it again with g3dswap.save_plan."),
         (drop("choices"), "is damaged (no field 'choices')"),
@@ -172,7 +172,7 @@ def put(value: Any, *keys: Any) -> Callable[[dict[str, Any]], None]:
         (put(3, "layers", 0, "name"), "is damaged ('name' is no text)"),
         (put("down", "layers", 0, "name"), "is damaged (a layer is in it twice)"),
         (put(1, "layers", 0, "swapped"), "is damaged ('swapped' is neither true nor false)"),
-        (put([1, 1], "layers", 0, "geometry", "stride"), "('stride' is not a list of 3 integers of at least 1)"),
+        (put([1, 1], "layers", 0, "geometry", "stride"), "('stride' is not a list of 3 integers of at"),
         (put("odd", "layers", 0, "geometry", "padding"), "(the padding 'odd' is unknown)"),
         (put(True, "layers", 0, "geometry", "groups"), "('groups' is no positive integer)"),
         (put("int8", "layers", 0, "calls", 0, "dtype"), "(the dtype 'int8' is none of float32, "),
@@ -211,7 +211,7 @@ def test_other_files(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PlanError, match=r"none\.json cannot be read \(No such file or directory\); check the path"):
+    with pytest.raises(PlanError, match=r"none\.json cannot be read \(No such file or directory\); check"):
         convert(Net(), plan=tmp_path / "none.json")
     with pytest.raises(PlanError, match="Is a directory"):
         convert(Net(), plan=tmp_path)
@@ -223,11 +223,11 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_only_converted_models_have_plans(tmp_path: Path) -> None:
     for model in (Net(), revert(convert(Net(), X))):
-        with pytest.raises(ArgumentError, match=r"takes a model that g3dswap\.convert returned, and this Net is none"):
+        with pytest.raises(ArgumentError, match=r"a model that g3dswap\.convert returned, and this Net"):
             save_plan(model, tmp_path / "plan.json")
     with pytest.raises(ArgumentError, match="and this str is none"):
         save_plan("net", tmp_path / "plan.json")  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match=r"cannot be written to .*no/plan\.json \(No such file or directory\)"):
+    with pytest.raises(PlanError, match=r"cannot be written to .*no/plan\.json \(No such file or dir"):
         save_plan(convert(Net(), X), tmp_path / "no" / "plan.json")
     assert not list(tmp_path.iterdir())
 

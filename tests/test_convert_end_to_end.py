@@ -1,0 +1,112 @@
+"""Converting with nothing replaced: untimed default kernels, compiled here, and a training run with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from g3dswap import choose
+from g3dswap.convert import convert, inspect, revert
+from g3dswap.module import Grouped3D
+from g3dswap.plan import save_plan
+from g3dswap.report import report
+from g3dswap.verify import verify
+
+X = torch.randn(2, 3, 4, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    choose.forget()
+    yield
+    choose.forget()
+
+
+class Small(nn.Module):
+    """One kind of grouped layer, twice, so that three kernels are all that is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(3, 8, 1)
+        self.body = nn.Sequential(*[nn.Conv3d(8, 8, 3, padding=1, groups=4) for _ in range(2)])
+        self.norm = nn.BatchNorm3d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.body(self.stem(x)))).mean((2, 3, 4)))
+
+
+def train(model: nn.Module) -> list[float]:
+    """Losses of some steps on fixed data."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    losses = []
+    for step in range(4):
+        torch.manual_seed(step)
+        loss = nn.functional.cross_entropy(model(torch.randn(X.shape)), torch.tensor([step % 4, 1]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_default_kernels_compute_the_same_and_train_the_same() -> None:
+    model = Small()
+    fast = convert(model, X, tune="none")
+    items = report(fast).swapped
+    assert [item.name for item in items] == ["body.0", "body.1"] and all(item.verified for item in items)
+    assert [item.source for item in items[0].calls[0].passes] == ["default"] * 3
+    assert isinstance(fast.get_submodule("body.0"), Grouped3D)
+    # What runs is what was chosen and checked: no other choice is made, at any batch size.
+    decided = dict(choose._decisions)
+    assert verify(model, fast, X).check().ok
+    assert verify(model, fast, torch.cat([X, X, X])).ok
+    assert choose._decisions == decided
+    assert train(copy.deepcopy(fast)) == pytest.approx(train(model), rel=1e-3)
+
+
+def test_plan_brings_the_kernels_back(tmp_path: Path) -> None:
+    model = Small()
+    save_plan(convert(model, X, tune="none"), tmp_path / "plan.json")
+    choose.forget()
+    fast = convert(model, plan=tmp_path / "plan.json", tune="cached")
+    passes = report(fast).swapped[0].calls[0].passes
+    assert [item.source for item in passes] == ["default"] * 3
+    assert all(item.reason.startswith("from the plan: ") for item in passes)
+    assert verify(model, fast, X).ok
+
+
+def test_lazy_layers_choose_at_their_first_call() -> None:
+    model = Small()
+    fast = convert(model, tune="none")
+    assert not choose._decisions
+    assert verify(model, fast, X).ok
+    assert {decision.choice.source for decision in choose._decisions.values()} == {"default"}
+
+
+def test_inspect_knows_nothing_of_an_empty_cache(tmp_path: Path) -> None:
+    found = inspect(Small(), X, cache=tmp_path)
+    assert [item.source for item in found.swapped[0].calls[0].passes] == ["untuned"] * 3
+    assert not choose._decisions and not list(tmp_path.iterdir())
+
+
+def test_without_a_compiler_all_layers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="PyTorch's own kernels run"):
+        fast = convert(Small(), X, tune="none")
+    assert not [module for module in fast.modules() if isinstance(module, Grouped3D)]
+    assert {item.reason for item in report(fast).kept} == {
+        "PyTorch's own kernels stay in every pass: no compiler"
+    }
+
+
+def test_way_back() -> None:
+    model = Small().eval()
+    fast = convert(model, X, tune="none")
+    assert torch.equal(revert(fast)(X), model(X))
