@@ -20,6 +20,14 @@ class ArgumentError(G3DSwapError, ValueError):
     """An argument has a value that its rule forbids."""
 
 
+class InputError(ArgumentError, RuntimeError):
+    """A tensor of a shape, dtype or device that a layer cannot take; nn.Conv3d raises a RuntimeError."""
+
+
+class InputTypeError(ArgumentError, TypeError):
+    """Something else where a layer needs a tensor; nn.Conv3d raises a TypeError."""
+
+
 class NotationError(G3DSwapError, ValueError):
     """Text that is not a tensor comprehension; the message shows the line with a caret."""
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from .errors import ArgumentError
-from .problem import Problem
+from .problem import Geometry, Problem, Triple
 
 # An error that no candidate has to go below, as ||out - ref|| / ||ref||. A result that is exact but
 # for its rounding to 16 bits has about half the unit roundoff (eps / 2), so that is the floor there.
@@ -29,6 +30,43 @@ FLOORS = {
 }
 
 _CUDNN_CONV = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made by a module class
+
+
+def problem(
+    direction: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Problem:
+    """The problem that a call with these 5-D tensors poses under PyTorch's present switches.
+
+    The bias counts in a forward pass only.
+    """
+    kind = input.device.type
+    layout = output_format(input, weight, stride, dilation, groups)
+    return Problem(
+        direction,
+        Geometry(
+            input.shape[1],
+            weight.shape[0],
+            groups,
+            _triple(input.shape[2:]),
+            _triple(weight.shape[2:]),
+            _triple(stride),
+            _triple(padding),
+            _triple(dilation),
+        ),
+        input.dtype,
+        "channels_last_3d" if layout == torch.channels_last_3d else "contiguous",
+        kind,
+        bias=bias is not None and direction == "forward",
+        precision=precision(input.dtype, kind),
+        deterministic=deterministic(kind),
+    )
 
 
 def run(problem: Problem, *tensors: Tensor | None) -> Tensor:
@@ -49,7 +87,7 @@ def error(out: Tensor, ref: Tensor) -> float:
     """||out - ref|| / ||ref|| in float64; infinite where ``out`` is not finite or has another shape."""
     if out.shape != ref.shape:
         return float("inf")
-    ref = ref.double()
+    ref = ref.detach().double()
     distance = float(torch.linalg.vector_norm(out.detach().double() - ref))
     norm = float(torch.linalg.vector_norm(ref))
     relative = distance / norm if norm else (0.0 if distance == 0 else float("inf"))
@@ -117,6 +155,18 @@ def deterministic(device: str) -> bool:
     return device == "cuda" and torch.backends.cudnn.deterministic
 
 
+def switch_state(on_cpu: bool) -> tuple[bool | str, ...]:
+    """All of PyTorch's switches that a convolution's problem depends on; cheap, for keys of calls."""
+    if on_cpu:
+        return _C._get_deterministic_algorithms(), _C._get_mkldnn_enabled()
+    return (
+        _C._get_deterministic_algorithms(),
+        _C._get_cudnn_enabled(),
+        _C._get_cudnn_deterministic(),
+        _C._get_fp32_precision_getter("cuda", "conv"),
+    )
+
+
 def output_format(
     input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
 ) -> torch.memory_format:
@@ -132,7 +182,7 @@ def output_format(
     kind, dtype = input.device.type, input.dtype.to_real()  # a complex one is made of real ones
     if kind == "cuda":
         takes = torch.backends.cudnn.enabled and dtype != torch.float64
-    elif kind == "cpu" and torch._C._get_mkldnn_enabled():
+    elif kind == "cpu" and _C._get_mkldnn_enabled():
         takes = _onednn_takes(input, weight, stride, dilation, groups)
     else:
         takes = False
@@ -172,23 +222,34 @@ def _suggests_channels_last(x: Tensor) -> bool:
     return True
 
 
-def _compute(problem: Problem, tensors: Sequence[Tensor | None]) -> Tensor:
+def forward(problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``run`` of a forward pass, without its detours: it is on the path of every call."""
     g = problem.geometry
+    if input.dtype.itemsize == 2 and input.is_cpu and g.blind:
+        # oneDNN's half-precision forward kernels (3.12, AVX-512) may crash the process here. The
+        # result is the bias or zero, so the detour over fp32 changes no bit of it.
+        bias = None if bias is None else bias.float()
+        wide = replace(problem, dtype=torch.float32)
+        return forward(wide, input.float(), weight.float(), bias).to(input.dtype)
+    return torch.convolution(
+        input, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0, 0), g.groups
+    )
+
+
+def _compute(problem: Problem, tensors: Sequence[Tensor | None]) -> Tensor:
     if problem.direction == "forward":
         input, weight, bias = tensors
         if input is None or weight is None:
             raise ArgumentError("A forward pass needs an input and a weight; only the bias may be None.")
-        if g.blind and input.device.type == "cpu" and input.dtype.itemsize == 2:
-            # oneDNN's half-precision forward kernels (3.12, AVX-512) may crash the process here. The
-            # result is the bias or zero, so the detour over fp32 changes no bit of it.
-            bias = None if bias is None else bias.float()
-            out = torch.conv3d(
-                input.float(), weight.float(), bias, g.stride, g.padding, g.dilation, g.groups
-            )
-            return out.to(input.dtype)
-        return torch.conv3d(input, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+        return forward(problem, input, weight, bias)
+    g = problem.geometry
     grads = torch.ops.aten.convolution_backward(
         *(*tensors, None, g.stride, g.padding, g.dilation, False, [0, 0, 0], g.groups),
         [problem.direction == "grad_input", problem.direction == "grad_weight", False],
     )
     return grads[0 if problem.direction == "grad_input" else 1]
+
+
+def _triple(values: Sequence[int]) -> Triple:
+    t, h, w = values
+    return int(t), int(h), int(w)

@@ -89,7 +89,7 @@ class Geometry:
         """One input channel a group, at least one filter for it, and more than one group."""
         return self.in_channels == self.groups > 1
 
-    @property
+    @functools.cached_property
     def blind(self) -> bool:
         """Along some axis no tap of any output meets the input, only padding: the layer gives its bias."""
         return any(
