@@ -1,0 +1,187 @@
+"""``Grouped3D``: an ``nn.Conv3d`` whose passes each run the kernel chosen for them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import weakref
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import op
+from .errors import ArgumentError, InputError, InputTypeError
+from .problem import dtype_name
+
+TUNE = ("none", "cached", "quick", "full")
+
+_Conv = TypeVar("_Conv", bound=nn.Conv3d)
+
+
+class Grouped3D(nn.Conv3d):
+    """``nn.Conv3d`` with the same parameters, state_dict, arguments and results, only faster.
+
+    ``tune`` says how the kernel of a shape is chosen when it is first seen: "none" takes an untimed
+    default, "cached" what the options cache has, "quick" and "full" measure what it does not have.
+    ``cache`` is the options cache's directory, by default the user's. Both are plain attributes.
+
+    A fault in the arguments or the input raises an ArgumentError; one that ``nn.Conv3d`` would meet with
+    a RuntimeError (wrong shape, wrong dtype) raises an InputError, which is a RuntimeError too.
+    """
+
+    tune: str
+    cache: str | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int, int],
+        stride: int | tuple[int, int, int] = 1,
+        padding: str | int | tuple[int, int, int] = 0,
+        dilation: int | tuple[int, int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        tune: str = "quick",
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if groups < 1:
+            raise ArgumentError(f"groups={groups} must be a positive integer; use 1 for an ungrouped layer.")
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                raise ArgumentError(
+                    f"{name}={channels} is not divisible by groups={groups}; "
+                    "choose a group count that divides both channel counts."
+                )
+        tune, cache = _checked(tune, cache)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,  # type: ignore[arg-type]  # the constructor checks the mode
+        )  # fmt: skip
+        self.tune, self.cache = tune, cache
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv3d,
+        *,
+        tune: str = "quick",
+        cache: str | os.PathLike[str] | None = None,
+        share: bool = True,
+    ) -> Grouped3D:
+        """A Grouped3D to stand in the place of ``conv``, with everything that was attached to it.
+
+        With ``share`` it holds the very same Parameter and hook objects (handles of hooks stay valid, an
+        optimizer too), and ``conv`` is not to be used on; without, it has copies of its own. Raises
+        ArgumentError where that is not possible: for subclasses, parametrized or weight-normed layers,
+        and layers whose forward was replaced.
+        """
+        tune, cache = _checked(tune, cache)
+        if type(conv) is not nn.Conv3d:
+            raise ArgumentError(
+                f"{type(conv).__name__} is not exactly nn.Conv3d and may compute something else; "
+                "convert only plain nn.Conv3d layers."
+            )
+        module = _moved(conv, cls, share)
+        module.tune, module.cache = tune, cache
+        return module
+
+    def to_conv(self, *, share: bool = True) -> nn.Conv3d:
+        """The way back: an nn.Conv3d to stand in this module's place, as ``from_conv`` does."""
+        conv = _moved(self, nn.Conv3d, share)
+        del conv.__dict__["tune"], conv.__dict__["cache"]
+        return conv
+
+    def extra_repr(self) -> str:
+        """As of nn.Conv3d, with ``tune`` and, where it is not the default, ``cache``."""
+        cache = "" if self.cache is None else f", cache={self.cache!r}"
+        return f"{super().extra_repr()}, tune={self.tune!r}{cache}"
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        try:
+            padding: Any = self.padding
+            if self.padding_mode != "zeros":
+                input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+                padding = op.ZEROS
+            elif padding == "same":
+                input, padding = op.same_padding(input, self.kernel_size, self.dilation)
+            elif padding == "valid":
+                padding = op.ZEROS
+            geometry = self.stride, padding, self.dilation, self.groups
+            return op.call(input, weight, bias, *geometry, self.tune, self.cache or "")
+        except (RuntimeError, TypeError) as error:
+            if not isinstance(input, Tensor):
+                message = f"The input is a {type(input).__name__}; pass a torch.Tensor."
+                raise InputTypeError(message) from error
+            message = self._fault(input, weight)
+            if message is None:
+                raise
+            raise InputError(message) from error
+
+    def _fault(self, input: Tensor, weight: Tensor) -> str | None:
+        """What is wrong with an input that PyTorch refused, in one sentence; None if it is something else."""
+        shape = tuple(input.shape)
+        wanted = f"({self.in_channels}, T, H, W) or (N, {self.in_channels}, T, H, W)"
+        if len(shape) not in (4, 5):
+            return f"The input of shape {shape} has {len(shape)} dimensions; pass one of shape {wanted}."
+        if shape[-4] != self.in_channels:
+            return f"The input of shape {shape} has {shape[-4]} channels; pass one of shape {wanted}."
+        if input.dtype != weight.dtype:
+            have, need = dtype_name(input.dtype), dtype_name(weight.dtype)
+            return (
+                f"The input is {have} but the weight is {need}; "
+                "convert one of them with .to(dtype), or run under autocast."
+            )
+        if input.device != weight.device:
+            return (
+                f"The input is on {input.device} but the weight is on {weight.device}; "
+                "move one of them with .to(device)."
+            )
+        return None
+
+
+def _checked(tune: str, cache: str | os.PathLike[str] | None) -> tuple[str, str | None]:
+    if tune not in TUNE:
+        raise ArgumentError(f"tune={tune!r} is unknown; use one of {', '.join(TUNE)}.")
+    return tune, None if cache is None else os.fspath(cache)
+
+
+def _moved(module: nn.Conv3d, cls: type[_Conv], share: bool) -> _Conv:
+    """The module as one of class ``cls``, without running a constructor."""
+    own = module.__dict__
+    replaced = sorted({"forward", "_conv_forward"} & own.keys())
+    if replaced:
+        raise ArgumentError(
+            f"The layer's {replaced[0]} was replaced on the instance; "
+            f"delete that attribute before changing the layer's class."
+        )
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        raise ArgumentError(
+            "The layer's weight is not a parameter of its own (weight norm, pruning or parametrization); "
+            "make it one (torch.nn.utils.remove_weight_norm, for example) before changing the layer's class."
+        )
+    if not share:
+        module = copy.deepcopy(module)
+        own = module.__dict__
+    moved = cls.__new__(cls)
+    moved.__dict__.update(own)
+    for name in ("_parameters", "_buffers", "_modules"):
+        moved.__dict__[name] = own[name].copy()  # what is registered later belongs to one of the two only
+    _rebind_hooks(module, moved)
+    return moved
+
+
+def _rebind_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give the new module to the hooks that PyTorch bound to the old one, which may be collected now.
+
+    Other hooks get the module as an argument when they are called.
+    """
+    for hook in new._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False) and hook.module() is old:  # type: ignore[attr-defined]
+            hook.module = weakref.ref(new)  # type: ignore[attr-defined]
