@@ -20,6 +20,8 @@ from .triton_text import Expressions, parts
 MAX_TERMS = 2000
 MAX_ACCUMULATORS = 128
 MAX_TILE = 1 << 16
+MAX_REGISTERS = 1 << 16
+"""Registers of 32 bits that one program can have, on NVIDIA's GPUs of the last ten years."""
 MIN_DOT = 16
 
 Key = tuple[int, ...]
@@ -87,7 +89,8 @@ class _Printer:
         self.vectors = self.write.vectors
         self.sums = [d for v, d in self.write.dims.items() if nest.is_reduce(self.vectors[v].axis)]
         self.roles = self._roles()
-        self.shape = self._accumulator_shape()
+        binds = ("rows", "cols") if self.write.dot else ("lanes",)
+        self.sides = [p.count or 1 for bind in binds for p in self.vectors.values() if p.bind == bind]
         self.terms = 0
 
     def _roles(self) -> list[str]:
@@ -96,12 +99,6 @@ class _Printer:
             return ["" for _ in self.nest.factors]
         rows = next(p.axis for p in self.vectors.values() if p.bind == "rows")
         return ["a" if f.axes & parts(self.nest, rows) else "b" for f in self.nest.factors]
-
-    def _accumulator_shape(self) -> str:
-        sides = [p.count for p in self.vectors.values() if p.bind == "lanes"]
-        if self.write.dot:
-            sides = [p.count for bind in ("rows", "cols") for p in self.vectors.values() if p.bind == bind]
-        return f"({', '.join(map(str, sides))}{',' if len(sides) == 1 else ''})"
 
     def print(self) -> str:
         nest = self.nest
@@ -202,8 +199,15 @@ class _Printer:
         keys = self.accumulators(env)
         if len(keys) > MAX_ACCUMULATORS:
             raise ScheduleError(f"{len(keys)} accumulators are more than {MAX_ACCUMULATORS}; unroll less.")
+        registers = len(keys) * math.prod(self.sides) * (2 if self.compute == "float64" else 1)
+        if registers > MAX_REGISTERS:
+            raise ScheduleError(
+                f"accumulators in {registers} registers, where a program has {MAX_REGISTERS}; "
+                "use fewer lanes or unroll less."
+            )
+        shape = f"({', '.join(map(str, self.sides))}{',' if len(self.sides) == 1 else ''})"
         for key in keys:
-            self.text.emit(f"{self.name(key)} = tl.zeros({self.shape}, tl.{self.compute})")
+            self.text.emit(f"{self.name(key)} = tl.zeros({shape}, tl.{self.compute})")
 
     def tile(self, env: Env) -> None:
         """Loads and multiply-adds, each streamed load followed by all that uses it."""

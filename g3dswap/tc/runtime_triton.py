@@ -130,22 +130,24 @@ class _Launcher:
         self.programs = _programs(nest)
         self.kernel = kernel
         self.options = options
-        self.dtype = getattr(torch, nest.tensors[0].dtype)
-        compute = torch.float64 if self.dtype == torch.float64 else torch.float32
-        out = compute if nest.partial_loops else self.dtype
-        self.dtypes = [self.dtype] * len(nest.operands) + [out]
-        self.compiled: dict[int, Any] = {}
+        dtype = getattr(torch, nest.tensors[0].dtype)
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        self.dtypes = [dtype] * len(nest.operands) + [compute if nest.partial_loops else dtype]
+        self.compiled: dict[int, tuple[Any, ...]] = {}
         self.compile(torch.cuda.current_device())
 
-    def compile(self, device: int) -> Any:
+    def compile(self, device: int) -> tuple[Any, ...]:
+        """What a launch on a device needs: the launcher, the function with its metadata, the stream."""
         try:
             with torch.cuda.device(device):
+                # A batch of 2, because it must be a plain integer; any other would give the same code.
                 compiled = self.kernel.warmup(*self.dtypes, 2, grid=(1,), **self.options)
-                compiled._init_handles()
+                stream = triton.runtime.driver.active.get_current_stream
+                entry = (compiled.run, compiled.function, compiled.packed_metadata, stream)
         except Exception as error:
             raise CompileError(f"Triton cannot compile a kernel: {_first_line(error)}") from error
-        self.compiled[device] = compiled
-        return compiled
+        self.compiled[device] = entry
+        return entry
 
     def launch(self, operands: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
         number = self.programs(batch)
@@ -156,11 +158,12 @@ class _Launcher:
             with torch.cuda.device_of(out):
                 self.launch(operands, out, batch)
             return
-        compiled = self.compiled.get(device) or self.compile(device)
-        addresses = 0
-        for tensor in (*operands, out):
+        addresses = out.data_ptr()
+        for tensor in operands:
             addresses |= tensor.data_ptr()
-        if addresses % 16:
+        hooks = triton.knobs.runtime
+        if addresses % 16 or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             self.kernel[(number,)](*operands, out, batch, **self.options)
-        else:
-            compiled[(number, 1, 1)](*operands, out, batch)
+            return
+        run, function, metadata, stream = self.compiled.get(device) or self.compile(device)
+        run(number, 1, 1, stream(device), function, metadata, None, None, None, *operands, out, batch)
