@@ -115,7 +115,7 @@ class Grouped3D(nn.Conv3d):
                 padding = op.ZEROS
             geometry = self.stride, padding, self.dilation, self.groups
             return op.call(input, weight, bias, *geometry, self.tune, self.cache or "")
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             if not isinstance(input, Tensor):
                 message = f"The input is a {type(input).__name__}; pass a torch.Tensor."
                 raise InputTypeError(message) from error
