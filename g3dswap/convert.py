@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from g3dswap.choice import Choice
@@ -163,7 +164,8 @@ def _chooser(cache: str | Path | None, tune: str, min_speedup: float, progress: 
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        with torch.inference_mode(False):  # whose tensors could never be trained
+            return copy.deepcopy(model)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ConvertError(

@@ -246,6 +246,14 @@ def test_no_grad_chooses_forward_passes_only(chooser: FakeChooser) -> None:
     assert {problem.direction for problem, _, _ in chooser.asked} == {"forward"}
 
 
+def test_copy_made_in_inference_mode_can_be_trained() -> None:
+    model = Net()
+    with torch.inference_mode():
+        fast = convert(model, X)
+    fast(X).sum().backward()
+    assert all(item.grad is not None for item in fast.parameters())
+
+
 def test_layer_where_nothing_wins_is_kept(chooser: FakeChooser) -> None:
     chooser.native = lambda problem: problem.geometry.stride == (2, 2, 2)
     fast = convert(Net(), X)
