@@ -11,6 +11,7 @@ a disc or a square moves over a noisy background, and the label is the one of ei
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import time
@@ -122,6 +123,16 @@ def moving_shapes(
     return clips + 0.1 * torch.randn(clips.shape, generator=generator), labels
 
 
+def rounded_otherwise(model: nn.Module) -> nn.Module:
+    """A copy whose weights differ by at most one unit in the last place: the same model, for training."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            away = torch.where(torch.rand_like(weight) < 0.5, -torch.inf, torch.inf)
+            weight.copy_(torch.nextafter(weight, away.to(weight)))
+    return other
+
+
 @dataclass
 class Run:
     """What one model's training gave, step by step."""
@@ -204,7 +215,7 @@ def plot(runs: Mapping[str, Run], title: str, path: Path) -> None:
     """Losses and step times of the runs, in one picture."""
     figure = Figure(figsize=(11, 4), layout="constrained")  # outside pyplot: needs no screen
     left, right = figure.subplots(1, 2)
-    for (name, run), style in zip(runs.items(), ("-", "--")):
+    for (name, run), style in zip(runs.items(), ("-", "--", ":")):
         left.plot(run.losses, style, label=name)
         right.plot([1e3 * s for s in run.seconds], style, label=f"{name}: median {1e3 * run.median:.1f} ms")
     left.set(title="loss", xlabel="step", ylabel="cross entropy")
@@ -240,6 +251,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true", help="channels_last_3d model and clips")
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="train a third model, PyTorch's with other last bits in its weights: what rounding alone does",
+    )
     parser.add_argument("--tune", default="quick", choices=("none", "cached", "quick", "full"))
     parser.add_argument("--plot", type=Path, default=Path("resnext3d.png"), help="(default: resnext3d.png)")
     options = parser.parse_args(arguments)
@@ -279,8 +295,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Run]:
     print(f"converted in {seconds:.1f} s\n\n{g3dswap.report(fast)}\n")
     print(str(verification).partition("\n")[0] + "\n")  # the rest has a line for each tensor
 
-    runs = train({"PyTorch": model, "g3dswap": fast}, options)
-    print(f"losses on the same {options.steps} batches\n{losses_table(runs)}\n")
+    models = {"PyTorch": model, "g3dswap": fast}
+    if options.control:
+        models["rounding"] = rounded_otherwise(model)
+    runs = train(models, options)
+    print(f"losses on the same {options.steps} batches\n{losses_table(runs)}")
+    print("Training makes differences in rounding grow; --control shows how far those alone drive it.\n")
     for label, run in runs.items():
         print(f"{label}: {1e3 * run.median:.1f} ms a step (median)")
     low, middle, high = speed_up(runs["PyTorch"], runs["g3dswap"])

@@ -96,6 +96,14 @@ def test_equal_models_get_equal_losses() -> None:
     assert len(set(runs["a"].losses)) == 4
 
 
+def test_control_differs_in_the_last_bit_only() -> None:
+    model = nn.Linear(50, 50)
+    other = resnext3d.rounded_otherwise(model)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert (a != b).all()
+        assert torch.allclose(a, b, rtol=2e-7, atol=0)
+
+
 def test_speed_up_is_taken_pair_by_pair() -> None:
     slow = resnext3d.Run(seconds=[9, 9, 9, 2.0, 20.0, 4.0])
     fast = resnext3d.Run(seconds=[1, 1, 1, 1.0, 10.0, 2.0])
@@ -127,6 +135,7 @@ def test_defaults_on_a_gpu_are_the_published_network() -> None:
     assert options.clip == (16, 112, 112)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [[], ["--channels-last"]])
 def test_whole_run(
     layout: list[str],
@@ -136,13 +145,13 @@ def test_whole_run(
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # main() sets it; this sets it back
     picture = tmp_path / "plot.png"
-    runs = resnext3d.main(
-        [*TINY, "--batch", "2", "--steps", "3", "--tune", "none", "--plot", str(picture), *layout]
-    )
+    options = ["--batch", "4", "--steps", "3", "--lr", "1e-4", "--tune", "none", "--control"]
+    runs = resnext3d.main([*TINY, *options, "--plot", str(picture), *layout])
     assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert str(picture) in out
     assert "layer1.0.conv2" in out
-    # Rounding differs, and training makes the difference grow; the first loss is before any step.
-    assert runs["g3dswap"].losses[0] == pytest.approx(runs["PyTorch"].losses[0], rel=1e-4)
-    assert runs["g3dswap"].losses == pytest.approx(runs["PyTorch"].losses, rel=5e-2)
+    assert set(runs) == {"PyTorch", "g3dswap", "rounding"}
+    # Batch norm over few numbers makes differences in rounding grow, the faster the more the weights change.
+    assert runs["g3dswap"].losses == pytest.approx(runs["PyTorch"].losses, rel=1e-3)
+    assert runs["rounding"].losses == pytest.approx(runs["PyTorch"].losses, rel=1e-3)
