@@ -42,7 +42,11 @@ setup(
     # them, and inside it once installed. An editable install sees only the former.
     packages=[*find_packages(include=["g3dswap", "g3dswap.*"]), "g3dswap.caches"],
     package_dir={"g3dswap.caches": "caches"},
-    package_data={"g3dswap": ["py.typed"], "g3dswap.caches": ["*.jsonl", "README.md"]},
+    package_data={
+        "g3dswap": ["py.typed"],
+        "g3dswap.bench": ["layers.json"],
+        "g3dswap.caches": ["*.jsonl", "README.md"],
+    },
     install_requires=[
         # The tests pass on both ends of this range; what torch registers and traces changes between releases.
         "torch>=2.11,<2.14",

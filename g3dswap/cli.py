@@ -1,4 +1,4 @@
-"""The command line: ``g3dswap inspect | convert | tune | verify | show | cache | env``."""
+"""The command line: ``g3dswap inspect | convert | tune | verify | bench | show | cache | env``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import g3dswap
 from g3dswap import checkpoint, containers
+from g3dswap.bench.command import bench
 from g3dswap.cache_commands import cache
 from g3dswap.checkpoint import Checkpoint
 from g3dswap.errors import ArgumentError
@@ -44,7 +45,7 @@ def main() -> None:
     """
 
 
-for _command in (cache, show, env):
+for _command in (bench, cache, show, env):
     main.add_command(_command)
 
 

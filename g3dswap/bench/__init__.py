@@ -1,0 +1,1 @@
+"""Measures the chosen kernels against PyTorch's on layers of real models."""

@@ -1,0 +1,146 @@
+"""``g3dswap bench``."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from g3dswap.arch import parse_device
+from g3dswap.bench import table
+from g3dswap.bench.layers import read_layers
+from g3dswap.bench.measure import STATISTICS
+from g3dswap.bench.results import Results
+from g3dswap.bench.run import Settings
+from g3dswap.bench.run import bench as run_bench
+from g3dswap.choose import EFFORTS
+from g3dswap.containers import check_output
+from g3dswap.errors import ArgumentError, VerificationError
+from g3dswap.options import DEVICE, PATH, Parsed, cache_option, force_option, print_table
+from g3dswap.problem import DIRECTIONS, DTYPES, LAYOUTS, dtype_name
+
+
+def _some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        words = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+        if unknown := [word for word in words if word not in known]:
+            raise ArgumentError(f"{unknown[0]!r} is unknown; give some of {', '.join(known)}, by commas.")
+        return words
+
+    return parse
+
+
+LAYOUT_LIST = Parsed("LAYOUTS", _some_of(tuple(LAYOUTS)))
+PASS_LIST = Parsed("PASSES", _some_of(DIRECTIONS))
+DTYPE_NAMES = {dtype_name(dtype): dtype for dtype in DTYPES}
+
+
+@click.command()
+@click.option("--layers", type=PATH, help="JSON file of layers; by default those of real models.")
+@click.option("--match", multiple=True, metavar="GLOB", help="Only layers of such names.")
+@click.option("--dtype", type=click.Choice(list(DTYPE_NAMES)), default="float32", show_default=True)
+@click.option("--layout", "layouts", type=LAYOUT_LIST, default=",".join(LAYOUTS), show_default=True)
+@click.option("--passes", type=PASS_LIST, default=",".join(DIRECTIONS), show_default=True)
+@click.option(
+    "--batch", type=click.IntRange(0), help="0: as the file says, the default on a GPU; on a CPU it is 1."
+)
+@click.option("--device", type=DEVICE, default=lambda: parse_device(None), help="cpu, cuda or cuda:INDEX.")
+@click.option(
+    "--tune", type=click.Choice(list(EFFORTS)), default="quick", show_default=True, help="How to choose."
+)
+@cache_option
+@click.option("--threads", type=click.IntRange(1), help="Of a CPU; by default as many as PyTorch takes.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="For measuring each kernel.",
+)
+@click.option(
+    "--statistic",
+    type=click.Choice(STATISTICS),
+    help="The time of a kernel: the median of its runs, the default, or the lower quartile, for a busy "
+    "machine. Also with --render and --resume, whose default is the file's.",
+)
+@click.option("-o", "--output", type=PATH, help="JSON file to write, after every pass of a layer.")
+@click.option("--csv", type=PATH, help="Write the rows as CSV too.")
+@click.option("--resume", is_flag=True, help="Go on with OUTPUT: do not measure again what it has.")
+@click.option("--render", type=PATH, metavar="FILE", help="Print such a JSON file as Markdown, and stop.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@force_option
+def bench(
+    layers: Path | None,
+    match: tuple[str, ...],
+    output: Path | None,
+    csv: Path | None,
+    resume: bool,
+    render: Path | None,
+    force: bool,
+    **options: Any,
+) -> None:
+    """Measure the chosen kernels against PyTorch's, layer by layer, and write the results.
+
+    \b
+    g3dswap bench -o cpu.json
+    g3dswap bench --match 'X3D-M*' --passes forward --layout contiguous -o x3d.json
+    g3dswap bench --render cpu.json
+
+    Exit code 3: a kernel's result was wrong.
+    """
+    if render:
+        found = Results.load(render)
+        statistic = options["statistic"] or found.header["statistic"]
+        click.echo(table.markdown(found.by(statistic)), nl=False)
+        return
+    if output is None:
+        raise click.UsageError("Say where the results go, with -o.")
+    for path in (output, csv):
+        if path:
+            check_output(path, force=force or resume)
+    settings = _settings(read_layers(layers, match), options)
+    try:
+        results = run_bench(settings, output, csv, resume)
+    except KeyboardInterrupt:
+        click.echo(f"{output} has what was measured; --resume goes on with it.", err=True)
+        raise
+    _print(results)
+    click.echo(f"Wrote {' and '.join(str(path) for path in (output, csv) if path)}.")
+    if wrong := results.wrong():
+        raise VerificationError(
+            f"{len(wrong)} of {len(results.rows)} kernels were wrong, the first {wrong[0].problem}; "
+            "remove them with `g3dswap cache prune` and tune again."
+        )
+
+
+def _settings(layers: Sequence[Any], options: dict[str, Any]) -> Settings:
+    device: torch.device = options["device"]
+    batch = options["batch"]
+    if batch is None:
+        batch = 1 if device.type == "cpu" else 0
+    return Settings(
+        layers,
+        device,
+        DTYPE_NAMES[options["dtype"]],
+        options["layouts"],
+        options["passes"],
+        batch,
+        options["tune"],
+        options["cache"],
+        options["threads"] or 0,
+        options["seconds"],
+        options["statistic"],
+        not options["quiet"],
+    )
+
+
+def _print(results: Results) -> None:
+    click.echo(table.headline(results))
+    for item in table.tables(results):
+        print_table(item)
+    for text in (table.explanation(results), table.verdict(results)):
+        click.echo(textwrap.fill(text, 100))

@@ -1,0 +1,205 @@
+"""The benchmark: every layer and pass in turn, each result stored at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from g3dswap import native
+from g3dswap.bench.layers import BenchLayer
+from g3dswap.bench.measure import STATISTICS, ceilings, measure_pass
+from g3dswap.bench.results import HEADER, Results, Row
+from g3dswap.choose import Chooser, open_cache
+from g3dswap.errors import ArgumentError
+from g3dswap.problem import DIRECTIONS, LAYOUTS, Problem, device_facts, dtype_name
+from g3dswap.tc import kernel
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, and how.
+
+    layouts: those whose choices are measured; PyTorch is measured in all of them.
+    batch:   of every layer; 0: the one that the layers' file gives.
+    threads: PyTorch's and the kernels'; 0: as many as PyTorch takes.
+    seconds: what each contender may take; each of the device's ceilings takes four times that.
+    statistic: of the runs' times, "median" or "quartile"; None: that of the file, "median" in a new one.
+    """
+
+    layers: Sequence[BenchLayer]
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    layouts: Sequence[str] = tuple(LAYOUTS)
+    passes: Sequence[str] = DIRECTIONS
+    batch: int = 1
+    tune: str = "quick"
+    cache: Path | None = None
+    threads: int = 0
+    seconds: float = 0.5
+    statistic: str | None = None
+    progress: bool = True
+
+    def problem(self, layer: BenchLayer, direction: str, layout: str) -> Problem:
+        """A pass of a layer under PyTorch's present switches."""
+        kind = self.device.type
+        return Problem(
+            direction,
+            layer.geometry,
+            self.dtype,
+            layout,
+            kind,
+            bias=layer.bias and direction == "forward",
+            precision=native.precision(self.dtype, kind),
+            deterministic=native.deterministic(kind),
+        )
+
+
+def bench(settings: Settings, output: Path, csv: Path | None = None, resume: bool = False) -> Results:
+    """Measure all layers and write `output` (JSON), and `csv`, after each pass.
+
+    With `resume`, what `output` has already is not measured again; ArgumentError if that was measured
+    under other conditions. A KeyboardInterrupt loses only the pass that it stops.
+    """
+    with _device(settings):
+        results = _begun(settings, output, resume)
+        known = {row.key for row in results.rows}
+        todo = [
+            (layer, direction)
+            for layer in settings.layers
+            for direction in settings.passes
+            if not all(key in known for key in _keys(settings, layer, direction))
+        ]
+        chooser = Chooser(open_cache(settings.cache), settings.tune, progress=settings.progress)
+        chooser.expect(len(todo) * len(settings.layouts))
+        _save(results, output, csv)
+        with tqdm(total=len(todo), unit="pass", disable=not settings.progress, dynamic_ncols=True) as bar:
+            for layer, direction in todo:
+                bar.set_description_str(f"{layer.name} {direction}")
+                rows = _rows(settings, chooser, results, layer, direction)
+                new = {row.key for row in rows}
+                results.rows = [row for row in results.rows if row.key not in new] + rows
+                _save(results, output, csv)
+                bar.update()
+    return results
+
+
+def _rows(
+    settings: Settings, chooser: Chooser, results: Results, layer: BenchLayer, direction: str
+) -> list[Row]:
+    """Choose and measure one pass of a layer: a row for each layout."""
+    batch = settings.batch or layer.batch
+    problems = {layout: settings.problem(layer, direction, layout) for layout in LAYOUTS}
+    choices = {layout: chooser.choose(problems[layout], batch, layer.layer) for layout in settings.layouts}
+    if chooser.interrupted:  # it has kept what was tuned; a choice that was cut short is not worth a row
+        raise KeyboardInterrupt
+    found = measure_pass(choices, problems, batch, settings.seconds)
+    return [
+        Row(
+            layer.model,
+            layer.layer,
+            layer.count,
+            layer.kind,
+            batch,
+            choice.problem,
+            choice.source,
+            choice.reason,
+            choice.schedule,
+            found.ours[layout],
+            found.torch,
+            found.checks[layout],
+            results.ceilings.roofline(choice.problem, batch),
+        ).by(results.header["statistic"])
+        for layout, choice in choices.items()
+    ]
+
+
+def _keys(settings: Settings, layer: BenchLayer, direction: str) -> list[tuple[str, str, int, Problem]]:
+    batch = settings.batch or layer.batch
+    problems = (settings.problem(layer, direction, layout) for layout in settings.layouts)
+    return [(layer.model, layer.layer, batch, problem) for problem in problems]
+
+
+def _save(results: Results, output: Path, csv: Path | None) -> None:
+    results.save(output)
+    if csv:
+        results.save_csv(csv)
+
+
+def _begun(settings: Settings, output: Path, resume: bool) -> Results:
+    """The results so far: those of the file, if it is to be gone on with, else none."""
+    header = describe(settings)
+    if not resume or not output.exists():
+        return Results(header, ceilings(settings.device.type, settings.dtype, 4 * settings.seconds))
+    results = Results.load(output)
+    results = results.by(settings.statistic or results.header["statistic"])
+    for part in HEADER:  # rows that were measured under different conditions do not belong in one file
+        before = results.header.get(part)
+        for name, value in header[part].items():
+            then = before.get(name) if isinstance(before, dict) else None
+            if then != value:
+                raise ArgumentError(
+                    f"{output} was measured with {name} {then!r}, and now it is {value!r}: "
+                    "do not --resume it, or make them agree."
+                )
+    results.header["resumed"] = [*results.header.get("resumed", []), header["date"]]
+    return results
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """What the figures hold for."""
+    kind = settings.device.type
+    facts = device_facts(kind)
+    versions: dict[str, Any] = {
+        "torch": torch.__version__,
+        **kernel.versions(kernel.target_of(kind)),
+        "g3dswap": _version("g3dswap"),
+        "python": platform.python_version(),
+    }
+    if kind == "cuda":
+        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        versions["triton"] = _version("triton")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "statistic": settings.statistic or STATISTICS[0],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": {**facts, "cores": cores},
+        "versions": versions,
+        "settings": {
+            "dtype": dtype_name(settings.dtype),
+            "batch": settings.batch,
+            "tune": settings.tune,
+            "seconds": settings.seconds,
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _device(settings: Settings) -> Iterator[None]:
+    """The device, the threads and, on a GPU, cuDNN's own search for its fastest kernels; restored after."""
+    threads, search = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    gpu = settings.device.type == "cuda"
+    try:
+        torch.set_num_threads(settings.threads or threads)
+        torch.backends.cudnn.benchmark = gpu or search
+        with torch.cuda.device(settings.device) if gpu else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = search
