@@ -29,7 +29,7 @@ FLOORS = {
     torch.float16: torch.finfo(torch.float16).eps / 2,
 }
 
-_CUDNN_CONV = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made by a module class
+_CUDNN_CONV = ("cuda", "conv")  # where PyTorch keeps the TF32 switch of torch.backends.cudnn.conv
 
 
 def problem(
@@ -131,13 +131,18 @@ def switches(problem: Problem) -> Iterator[None]:
     if problem.device != "cuda":
         yield
         return
-    before = _CUDNN_CONV.fp32_precision, torch.backends.cudnn.deterministic
-    _CUDNN_CONV.fp32_precision = problem.precision
-    torch.backends.cudnn.deterministic = problem.deterministic
+    # Not through torch.backends: it refuses after disable_global_flags, which PyTorch's test modules call.
+    before = _C._get_fp32_precision_getter(*_CUDNN_CONV), _C._get_cudnn_deterministic()
+    _set_switches(problem.precision, problem.deterministic)
     try:
         yield
     finally:
-        _CUDNN_CONV.fp32_precision, torch.backends.cudnn.deterministic = before
+        _set_switches(*before)
+
+
+def _set_switches(precision: str, deterministic: bool) -> None:
+    _C._set_fp32_precision_setter(*_CUDNN_CONV, precision)
+    _C._set_cudnn_deterministic(deterministic)
 
 
 def precision(dtype: torch.dtype, device: str) -> str:
@@ -145,14 +150,14 @@ def precision(dtype: torch.dtype, device: str) -> str:
     if device != "cuda" or dtype != torch.float32:
         return "ieee"
     # allow_tf32 refuses to be read once someone used the newer switch; this one answers for both.
-    return "tf32" if _CUDNN_CONV.fp32_precision == "tf32" else "ieee"
+    return "tf32" if _C._get_fp32_precision_getter(*_CUDNN_CONV) == "tf32" else "ieee"
 
 
 def deterministic(device: str) -> bool:
     """Whether the user asked for convolutions that repeat bit for bit."""
     if torch.are_deterministic_algorithms_enabled():
         return True
-    return device == "cuda" and torch.backends.cudnn.deterministic
+    return device == "cuda" and _C._get_cudnn_deterministic()
 
 
 def switch_state(on_cpu: bool) -> tuple[bool | str, ...]:
@@ -163,7 +168,7 @@ def switch_state(on_cpu: bool) -> tuple[bool | str, ...]:
         _C._get_deterministic_algorithms(),
         _C._get_cudnn_enabled(),
         _C._get_cudnn_deterministic(),
-        _C._get_fp32_precision_getter("cuda", "conv"),
+        _C._get_fp32_precision_getter(*_CUDNN_CONV),
     )
 
 

@@ -224,27 +224,39 @@ def test_output_format_without_onednn() -> None:
     assert native.output_format(x, w, [1] * 3, [1] * 3, 4) == torch.channels_last_3d
 
 
-def test_switches_are_read_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = conv.fp32_precision, torch.backends.cudnn.deterministic
-    try:
-        for wanted in ("ieee", "tf32"):
-            conv.fp32_precision = wanted
-            assert native.precision(torch.float32, "cuda") == wanted
-            assert native.precision(torch.bfloat16, "cuda") == "ieee"
-            assert native.precision(torch.float32, "cpu") == "ieee"
-            other = Problem("forward", GEOMETRY, device="cuda", precision="ieee", deterministic=True)
-            with native.switches(other):
-                assert native.precision(torch.float32, "cuda") == "ieee" and native.deterministic("cuda")
-            assert native.precision(torch.float32, "cuda") == wanted and not native.deterministic("cuda")
-    finally:
-        conv.fp32_precision, torch.backends.cudnn.deterministic = before
+def test_switches_are_read_and_restored() -> None:
+    backends: Any = torch.backends
+    other = Problem("forward", GEOMETRY, device="cuda", precision="ieee", deterministic=True)
+    # Bracketed, because another test may have imported what forbids to set these flags plainly.
+    with torch.backends.__allow_nonbracketed_mutation():
+        before = backends.cudnn.conv.fp32_precision
+        try:
+            for wanted in ("ieee", "tf32"):
+                backends.cudnn.conv.fp32_precision = wanted
+                assert native.precision(torch.float32, "cuda") == wanted
+                assert native.precision(torch.bfloat16, "cuda") == "ieee"
+                assert native.precision(torch.float32, "cpu") == "ieee"
+                with native.switches(other):
+                    assert backends.cudnn.conv.fp32_precision == "ieee" and backends.cudnn.deterministic
+                    assert native.precision(torch.float32, "cuda") == "ieee" and native.deterministic("cuda")
+                assert native.precision(torch.float32, "cuda") == wanted and not native.deterministic("cuda")
+        finally:
+            backends.cudnn.conv.fp32_precision = before
     torch.use_deterministic_algorithms(True)
     try:
         assert native.deterministic("cpu") and native.deterministic("cuda")
     finally:
         torch.use_deterministic_algorithms(False)
     assert not native.deterministic("cpu")
+
+
+def test_switches_work_after_global_flags_were_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)
+    with pytest.raises(RuntimeError):
+        torch.backends.cudnn.deterministic = True
+    with native.switches(Problem("forward", GEOMETRY, device="cuda", deterministic=True)):
+        assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.deterministic
 
 
 @pytest.mark.gpu
