@@ -41,7 +41,7 @@ def interpret(nest: Nest, arrays: Mapping[str, Floats], batch: int = 1) -> Float
         for factor in nest.factors:
             index, inside = _locate(nest, factor, axes, batch)
             if factor.tensor in buffers:
-                _check_buffer(nest, buffers[factor.tensor], index, inside, axes, env)
+                _check_buffer(nest, buffers[factor.tensor], index, inside & live, axes, env)
             value = value * np.where(inside, arrays[factor.tensor][index], 0.0)
         target, inside = _locate(nest, nest.output, axes, batch)
         if nest.output.tensor in buffers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,15 +50,16 @@ class Kernel:
     launch: Launch
 
     def __call__(self, *operands: torch.Tensor, out: torch.Tensor) -> None:
-        nest = self.nest
-        if len(operands) != len(nest.operands):
-            raise ArgumentError(f"{nest.name} takes {len(nest.operands)} operands, not {len(operands)}.")
-        batch = self._batch(operands, out)
-        if not nest.partial_loops:
+        if len(operands) != self._arity:
+            raise ArgumentError(f"{self.nest.name} takes {self._arity} operands, not {len(operands)}.")
+        batch = 1
+        if self._batch_source is not None:
+            place, known = self._batch_source
+            batch = (*operands, out)[place].numel() // known
+        if self._partial_counts is None:
             self.launch(operands, out, batch)
             return
-        counts = (nest.loops[i].count for i in nest.partial_loops)
-        parts = math.prod(batch if count is None else count for count in counts)
+        parts = math.prod(batch if count is None else count for count in self._partial_counts)
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         if parts == 1 and out.dtype == dtype:
             self.launch(operands, out, batch)
@@ -67,13 +69,24 @@ class Kernel:
         # The partial results lie in the nest's order of elements, which is out's order in memory.
         out.as_strided((out.numel(),), (1,)).copy_(partial.sum(0))
 
-    def _batch(self, operands: Sequence[torch.Tensor], out: torch.Tensor) -> int:
-        """The run-time extent, from the first tensor that has it."""
-        for tensor, value in zip(self.nest.tensors, (*operands, out)):
+    # What a call needs to know of the nest, worked out once: a layer's call is worth microseconds.
+
+    @functools.cached_property
+    def _arity(self) -> int:
+        return len(self.nest.operands)
+
+    @functools.cached_property
+    def _partial_counts(self) -> tuple[int | None, ...] | None:
+        """The counts of the grid's reduction loops, None without any."""
+        return tuple(self.nest.loops[i].count for i in self.nest.partial_loops) or None
+
+    @functools.cached_property
+    def _batch_source(self) -> tuple[int, int] | None:
+        """The tensor that tells the run-time extent, and how many elements it has for each step of it."""
+        for place, tensor in enumerate(self.nest.tensors):
             if None in tensor.shape:
-                known = math.prod(e for e in tensor.shape if e is not None)
-                return value.numel() // known
-        return 1
+                return place, math.prod(e for e in tensor.shape if e is not None)
+        return None
 
 
 def show(nest: Nest, schedule: Schedule, target: str) -> str:

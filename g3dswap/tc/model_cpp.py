@@ -8,6 +8,7 @@ schedules matters.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ FMA_LATENCY = 4.0
 CLOCK = 2.6e9
 L1 = 32 << 10
 L2 = 1 << 20
+
+
+MOST_CORNERS = 10
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,11 @@ def check(nest: Nest) -> dict[str, Buffer]:
     buffers = {s.tensor: make_buffer(nest, s) for s in nest.stages}
     placer = Placer(nest, buffers)
     unrolled = {f"v{i}": (p.count or 1) - 1 for i, p in enumerate(nest.loops) if p.bind == "unroll"}
-    for env in (dict.fromkeys(unrolled, 0), unrolled):
+    divided = any(i.divisor > 1 for f in nest.factors for i in f.indices)
+    corners = itertools.product(*({0, last} for last in unrolled.values())) if divided else [[0] * len(unrolled)]
+    for values in [*itertools.islice(corners, MOST_CORNERS), tuple(unrolled.values())]:
         for access in nest.accesses:
-            placer.place(access, env)
+            placer.place(access, dict(zip(unrolled, values)))
     return buffers
 
 

@@ -69,6 +69,8 @@ class Placer:
         """
         exact: list[tuple[Linear, int]] = []
         values: list[Linear] = []
+        if access.tensor not in self.buffers:
+            self._require_unshifted(access)
         for index in access.indices:
             parts = frozenset(a for a in index.axes if self.nest.fusion_of(a) is not None)
             value = resolve(index_over_loops(self.nest, index, parts), env)
@@ -83,15 +85,24 @@ class Placer:
                 exact.append((value, index.divisor))
                 value = Linear(0, ((f"(({value}) / {index.divisor})", 1),))
             values.append(value)
-        if self._vanishes(access, values):
-            return None
+        # The place is worked out before it may turn out to be unneeded, so that one point of a tile
+        # tells whether the access is possible at all.
+        vanishes = self._vanishes(access, values)
         buffer = self.buffers.get(access.tensor)
         if buffer is not None:
             fused = next((f for a in access.axes if (f := self.nest.fusion_of(a))), None)
             flat = resolve(digits(self.nest, fused.name), env) if fused else Linear()
             address = buffer.address(tuple(values), flat, lambda linear: resolve(linear, env))
-            return self._finish(access, address, (), tuple(exact), None)
-        return self._in_memory(access, values, tuple(exact), env)
+            place = self._finish(access, address, (), tuple(exact), None)
+        else:
+            place = self._in_memory(access, values, tuple(exact), env)
+        return None if vanishes else place
+
+    def _require_unshifted(self, access: Access) -> None:
+        for index in access.indices:
+            for axis in index.axes:
+                if self.nest.fusion_of(axis) and not index.is_axis(axis):
+                    raise ScheduleError(f"{access} shifts the flattened axis {axis}; stage {access.tensor}.")
 
     def _vanishes(self, access: Access, values: list[Linear]) -> bool:
         for index, value, extent in zip(access.indices, values, self.nest.tensor(access.tensor).shape):
@@ -116,8 +127,7 @@ class Placer:
             parts = [a for a in index.axes if self.nest.fusion_of(a) is not None]
             if parts:
                 fused = self.nest.fusion_of(parts[0])
-                if not index.is_axis(parts[0]) or fused is None:
-                    raise ScheduleError(f"{access} shifts the flattened axis {parts[0]}; stage {access.tensor}.")
+                assert fused is not None
                 fused_seen.setdefault(fused, {})[parts[0]] = stride
                 continue
             address = address + value * stride

@@ -468,19 +468,20 @@ class _Printer:
     def store_one(self, name: str, place: Place, point: Env) -> None:
         shift = " + shift" if self.nest.partial_loops and place.tensor not in self.buffers else ""
         address = f"{self.memory(place.tensor)} + ({place.address}){shift}"
+        if self.lane_reduces:
+            total = self.fresh("r")
+            self.emit(f"T {total} = sum({name});")
+            name = total
         for addend in self.nest.addends:
             self.add(name, addend, point)
         if not place.lanes:
-            value = f"sum({name})" if self.lane_reduces else f"first({name})"
-            self.emit(f"narrow({address}, {value});")
+            self.emit(f"narrow({address}, {name if self.lane_reduces else f'first({name})'});")
         elif place.tail is not None:
             self.emit(f"store_tail({address}, {name}, {place.tail.extent} - ({place.tail.start}));")
         else:
             self.emit(f"store({address}, {name});")
 
     def add(self, name: str, addend: Access, point: Env) -> None:
-        if self.lane_reduces:
-            raise ScheduleError("a sum over lanes cannot have an epilogue in C++; give the lanes a parallel axis.")
         place = self.placer.place(addend, point)
         if place is None:
             return

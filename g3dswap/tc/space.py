@@ -111,14 +111,14 @@ class Space:
         child = Schedule(digits, a.fuse, a.stage, a.hints)
         return child if self.cost(child) < math.inf else a
 
-    def random(self, rng: random.Random) -> Schedule:
+    def random(self, rng: random.Random, printable: bool = True) -> Schedule:
         """Any legal schedule, however slow: what the tests draw from."""
         for _ in range(2000):
             if self.target == "cpp":
                 schedule = space_cpp.random_point(self.nest, rng).schedule(self.nest)
             else:
                 schedule = space_triton.random_point(self.nest, rng).schedule(self.nest)
-            if self.cost(schedule) < math.inf and self._prints(schedule):
+            if self.cost(schedule) < math.inf and (not printable or self._prints(schedule)):
                 return schedule
         raise ScheduleError(f"no random schedule of {self.nest.name} is legal for {self.target}.")
 

@@ -86,7 +86,7 @@ def lane_axes(nest: Nest) -> list[tuple[str, ...]]:
             joined = all(s == t * (nest.extent(b) or 1) for (_, s), (b, t) in zip(run, run[1:]))
             if 2 <= len(run) <= 3 and joined and len({nest.is_reduce(a) for a, _ in run}) == 1:
                 found.append(tuple(a for a, _ in run))
-    return list(dict.fromkeys(found)) or [(nest.axes[-1].name,)]
+    return list(dict.fromkeys(found)) or [(nest.output.indices[-1].terms[0][0],)]
 
 
 def width_of(nest: Nest, lanes: tuple[str, ...]) -> int:
