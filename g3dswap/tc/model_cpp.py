@@ -23,6 +23,11 @@ FMA_LATENCY = 4.0
 CLOCK = 2.6e9
 L1 = 32 << 10
 L2 = 1 << 20
+SHORT = 64
+"""Steps of a reduction after which the rows it started with are still in the nearest cache."""
+
+SCATTERED = 1.5
+"""Cycles that a load takes longer where lanes read a small part of each row."""
 
 
 MOST_CORNERS = 10
@@ -122,7 +127,7 @@ def cost(nest: Nest, threads: int, batch: int = 1) -> float:
             cycles += runs * tile.loads * 0.3
     for factor in nest.factors:
         if factor.tensor not in buffers and _has_lanes(nest, factor):
-            cycles += runs * tile.loads * 0.3
+            cycles += runs * tile.loads * (0.3 + SCATTERED * (1 - _used(nest)))
     tasks = math.prod(c for c, p in zip(counts, nest.loops) if p.bind == "grid")
     balance = -(-tasks // threads) * threads / tasks
     partials = math.prod(counts[i] for i in nest.partial_loops)
@@ -133,6 +138,21 @@ def cost(nest: Nest, threads: int, batch: int = 1) -> float:
     # Among near equals the smaller kernel is sooner compiled and better scheduled.
     size = 1 + tile.terms / 4000
     return float((cycles * balance * size + tasks * 300 + extra) / threads / CLOCK)
+
+
+def _used(nest: Nest) -> float:
+    """The part of a row of memory along the lanes that is read before the next position is.
+
+    What is left of it is fetched again for other lanes, and rows that lie a power of two apart evict
+    one another from the nearest cache.
+    """
+    name = next((p.axis for p in nest.loops if p.bind == "lanes"), None)
+    parallel = [p for p in nest.loops[: nest.accumulate_from] if p.bind == "serial" and p.count != 1]
+    inner = math.prod(p.count or 1 for p in nest.loops[nest.accumulate_from : nest.tile_start])
+    if name is None or (parallel and parallel[-1].axis == name and inner <= SHORT):
+        return 1.0
+    run = math.prod(p.count or 1 for p in nest.loops[nest.tile_start :] if p.axis == name)
+    return min(1.0, run / (nest.extent(name) or 1))
 
 
 def _interior(nest: Nest, buffers: dict[str, Buffer]) -> float:

@@ -109,12 +109,16 @@ def orders(nest: Nest, lanes: tuple[str, ...]) -> list[tuple[tuple[str, ...], in
     # that may go inside the image's loops, where one staged image serves all of its steps.
     batch = [n for n in parallel if n != fused_name(lanes) and nest.extent(n) is None]
     others = [n for n in parallel if n not in batch]
+    # Lanes along channels that lie side by side want the image outside and the channels inside.
+    last = fused_name(lanes)
+    inside = [n for n in others if n != last] + [n for n in others if n == last]
     found = []
-    for count in range(min(len(others), 3) + 1):
-        grid = batch + others[:count]
-        rest = others[count:]
-        for order in dict.fromkeys([tuple(rest), tuple(rest[1:2] + rest[:1] + rest[2:]), tuple(rest[1:] + rest[:1])]):
-            found.append(((*grid, *order, *reduce), len(grid)))
+    for outer in dict.fromkeys([tuple(others), tuple(inside)]):
+        for count in range(min(len(outer), 3) + 1):
+            grid = batch + list(outer[:count])
+            rest = outer[count:]
+            for tail in dict.fromkeys([rest, rest[1:2] + rest[:1] + rest[2:], rest[1:] + rest[:1]]):
+                found.append(((*grid, *tail, *reduce), len(grid)))
     for order, grid in list(found):
         # A batch that is reduced can be split over the tasks; what is staged then serves all results.
         found += [
