@@ -17,6 +17,7 @@ TEST_REQUIREMENTS = [
     # Networks that somebody else wrote, for the tests that convert real models.
     "monai",
     "pytorchvideo",
+    "uniformer-pytorch",
     # Runs the printed Triton kernels on the CPU. Later interpreters reject masks made of scalar booleans,
     # and Linux is the only system that Triton has wheels for.
     "triton==3.6.0; platform_system == 'Linux'",

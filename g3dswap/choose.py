@@ -27,7 +27,7 @@ import torch
 from . import ranks
 from .choice import Choice, Record
 from .comprehensions import nest
-from .errors import ArgumentError, G3DSwapWarning, NoCompilerError
+from .errors import ArgumentError, G3DSwapWarning, NoCompilerError, ScheduleError
 from .problem import Problem
 from .progress import Bar
 from .tc import kernel
@@ -42,6 +42,8 @@ CONFIGS = {"quick": TunerConfig.quick, "full": TunerConfig.full}
 MIN_SPEEDUP = 1.05
 BUILD_SECONDS = 60.0  # for a kernel that is known to be worth building
 NEAR_FIELDS = ("size", "threads", "compiler", "generator")  # of the key, in which a nearest entry may differ
+NOTHING_BUILT = {"compile-error", "compile-timeout", "illegal"}
+# of the trials' categories: what says more about the compiler or the load than about the kernels
 NEAR_FACTOR = 8.0  # the ratio of the image volumes up to which one size tells something about another
 
 
@@ -240,6 +242,8 @@ class Chooser:
                 if choice:
                     return self._decision(choice, EFFORTS[record.effort])
                 record = None
+            if wanted or self.tune == "none":
+                kernel.require(kernel.target_of(problem.device))
             if wanted:
                 try:
                     choice = self._tuned(problem, batch, label, record)
@@ -339,7 +343,8 @@ class Chooser:
         self.interrupted = self.interrupted or result.interrupted
         effort = "full" if self.tune == "full" else "quick"
         record = Record.of(result, batch, effort)
-        self.cache.put(key, record.to_json())
+        if set(record.counts) - NOTHING_BUILT:
+            self.cache.put(key, record.to_json())
         what = "tuned until interrupted" if result.interrupted else "tuned"
         what += f" ({', '.join(f'{count} {category}' for category, count in record.counts.items())})"
         choice = self._verdict(problem, record, "tuned", what, result.candidate)
@@ -369,7 +374,11 @@ class Chooser:
         if self.tune != "none" or self.interrupted:
             return None
         target = kernel.target_of(problem.device)
-        schedule = Space(nest(problem), target, torch.get_num_threads()).default()
+        try:
+            schedule = Space(nest(problem), target, torch.get_num_threads()).default()
+        except ScheduleError as error:
+            _warn(f"default {problem}", f"PyTorch's own kernel runs {problem}: {error}")
+            return None
         found = self._checked(problem, schedule.to_json(), None, "default")
         if found is None:
             return None

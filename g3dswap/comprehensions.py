@@ -84,8 +84,23 @@ def nest(problem: Problem) -> Nest:
     volume = kt * kh * kw
     weight = (filters * channels * volume, channels * volume, volume, kh * kw, kw, 1)
     if last:
-        weight = (filters * channels * volume, channels * volume, 1, kh * kw * channels, kw * channels, channels)
-    strides = {"I": image, "dI": image, "O": result, "dO": result, "K": weight, "dK": weight, "B": (filters, 1)}
+        weight = (
+            filters * channels * volume,
+            channels * volume,
+            1,
+            kh * kw * channels,
+            kw * channels,
+            channels,
+        )
+    strides = {
+        "I": image,
+        "dI": image,
+        "O": result,
+        "dO": result,
+        "K": weight,
+        "dK": weight,
+        "B": (filters, 1),
+    }
     dtype = str(problem.dtype).removeprefix("torch.")
     return lower(comprehension(problem), sizes, strides, dtype, batch=BATCH, precision=problem.precision)
 

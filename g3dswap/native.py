@@ -146,7 +146,7 @@ def _set_switches(precision: str, deterministic: bool) -> None:
 
 
 def precision(dtype: torch.dtype, device: str) -> str:
-    """"tf32" where PyTorch's switch lets cuDNN's convolutions use it for this dtype, else "ieee"."""
+    """ "tf32" where PyTorch's switch lets cuDNN's convolutions use it for this dtype, else "ieee"."""
     if device != "cuda" or dtype != torch.float32:
         return "ieee"
     # allow_tf32 refuses to be read once someone used the newer switch; this one answers for both.
@@ -236,9 +236,7 @@ def forward(problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None
         bias = None if bias is None else bias.float()
         wide = replace(problem, dtype=torch.float32)
         return forward(wide, input.float(), weight.float(), bias).to(input.dtype)
-    return torch.convolution(
-        input, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0, 0), g.groups
-    )
+    return torch.convolution(input, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0, 0), g.groups)
 
 
 def _compute(problem: Problem, tensors: Sequence[Tensor | None]) -> Tensor:

@@ -79,9 +79,7 @@ class Geometry:
     @property
     def output_size(self) -> Triple:
         """(T, H, W) of the output."""
-        t, h, w = (
-            (s - e) // step + 1 for s, e, step in zip(self.padded, self.extent, self.stride)
-        )
+        t, h, w = ((s - e) // step + 1 for s, e, step in zip(self.padded, self.extent, self.stride))
         return t, h, w
 
     @property

@@ -265,7 +265,8 @@ def _defaults(module: nn.Module, inputs: Inputs | None) -> dict[str, Any]:
     return {
         name: parameter.default
         for name, parameter in parameters.items()
-        if parameter.default is not inspect.Parameter.empty and name not in passed
+        if parameter.default is not inspect.Parameter.empty
+        and name not in passed
         # fx takes a concrete value apart with pytree; only plain ones stay what they are.
         and (parameter.default is None or isinstance(parameter.default, (bool, int, float, str)))
     }

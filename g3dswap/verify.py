@@ -217,9 +217,7 @@ def _reference(before: nn.Module, inputs: Inputs, record: Record) -> dict[str, T
         ) from error
 
 
-def _run(
-    model: nn.Module, inputs: Inputs, mode: TorchFunctionMode, role: str
-) -> dict[str, Tensor | None]:
+def _run(model: nn.Module, inputs: Inputs, mode: TorchFunctionMode, role: str) -> dict[str, Tensor | None]:
     """Outputs and gradients by name, from a fixed seed; the model is left untouched."""
     try:
         with untouched(model), torch.inference_mode(False), torch.enable_grad():
@@ -240,9 +238,7 @@ def _run(
 
 
 def _outputs_and_gradients(model: nn.Module, inputs: Inputs) -> dict[str, Tensor | None]:
-    leaves = inputs.map(
-        lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point())
-    )
+    leaves = inputs.map(lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()))
     # Not the leaves themselves: a forward may change its input in place.
     given = leaves.map(lambda tensor: tensor.clone())
     outputs = [

@@ -56,9 +56,7 @@ class FakeChooser:
     def resolve(self, problem: Problem, batch: int = 1, tune: str = "", cache: str = "") -> Choice:
         if self.native(problem):
             return Choice(problem, "native", "nothing was faster", 3e-3, 3e-3, candidate=Candidate(problem))
-        return Choice(
-            problem, "tuned", "3.00x", 1e-3, 3e-3, 1e-7, 4e-7, SCHEDULE, self.candidate(problem)
-        )
+        return Choice(problem, "tuned", "3.00x", 1e-3, 3e-3, 1e-7, 4e-7, SCHEDULE, self.candidate(problem))
 
 
 @contextmanager

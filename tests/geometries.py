@@ -11,6 +11,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import grad as conv_grad
 
 from g3dswap.errors import ArgumentError
 from g3dswap.problem import DTYPES, Geometry, Problem
@@ -87,8 +88,8 @@ def expected(case: Case, tensors: list[Tensor]) -> Tensor:
     if case.problem.direction == "forward":
         return torch.nn.functional.conv3d(wide[0], wide[1], wide[2] if case.problem.bias else None, *rest)
     if case.problem.direction == "grad_input":
-        return torch.nn.grad.conv3d_input(geometry.input_shape(case.batch), wide[1], wide[0], *rest)
-    return torch.nn.grad.conv3d_weight(wide[1], geometry.weight_shape(), wide[0], *rest)
+        return conv_grad.conv3d_input(geometry.input_shape(case.batch), wide[1], wide[0], *rest)
+    return conv_grad.conv3d_weight(wide[1], geometry.weight_shape(), wide[0], *rest)
 
 
 def arrays(nest: Nest, tensors: list[Tensor], batch: int) -> dict[str, NDArray[Any]]:

@@ -551,13 +551,13 @@ def grouped() -> nn.Module:
 PYTHON = [
     Call(
         "convert a list",
-        lambda: g3dswap.convert([conv()]),
+        lambda: g3dswap.convert([conv()]),  # type: ignore[arg-type]
         ArgumentError,
         "convert() takes a torch.nn.Module, not a list.",
     ),
     Call(
         "convert a class",
-        lambda: g3dswap.convert(nn.Conv3d),
+        lambda: g3dswap.convert(nn.Conv3d),  # type: ignore[arg-type]
         ArgumentError,
         "convert() takes a model, and Conv3d is a class; make an instance.",
     ),

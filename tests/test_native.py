@@ -66,8 +66,14 @@ def problems(draw: Any) -> Problem:
     groups = draw(st.integers(1, 4))
     try:
         geometry = Geometry(
-            groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3)), groups,
-            triple(1, 7), triple(1, 3), triple(1, 3), triple(0, 2), triple(1, 2),
+            groups * draw(st.integers(1, 3)),
+            groups * draw(st.integers(1, 3)),
+            groups,
+            triple(1, 7),
+            triple(1, 3),
+            triple(1, 3),
+            triple(0, 2),
+            triple(1, 2),
         )
     except ArgumentError:
         assume(False)
@@ -265,7 +271,7 @@ def test_output_format_is_pytorchs_on_cuda(dtype: torch.dtype) -> None:
     for (shape, kernel, groups), a, b, dilation in itertools.product(
         SHAPES, ["contiguous", "channels_last_3d", "permuted"], ["contiguous", "channels_last_3d"], [1, 2]
     ):
-        if dilation * (kernel[2] - 1) + 1 > shape[2]:
+        if any(dilation * (side - 1) + 1 > size for side, size in zip(kernel[2:], shape[2:])):
             continue
         x = arranged(torch.randn(shape, dtype=dtype, device="cuda"), a)
         w = arranged(torch.randn(kernel, dtype=dtype, device="cuda"), b)

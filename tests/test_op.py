@@ -100,9 +100,7 @@ def test_random_geometries(data: st.DataObject) -> None:
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "resolve", recorder)
-        out, expected = (
-            f(x, w, None, stride, padding, dilation, groups) for f in (CONV3D, PYTORCH)
-        )
+        out, expected = (f(x, w, None, stride, padding, dilation, groups) for f in (CONV3D, PYTORCH))
         torch.testing.assert_close(out, expected)
         if batch:
             grad = torch.randn_like(out)

@@ -82,7 +82,9 @@ class Buffer:
             size *= source.phases
         return size
 
-    def address(self, indices: tuple[Linear, ...], flat: Linear, resolve: Callable[[Linear], Linear]) -> Linear:
+    def address(
+        self, indices: tuple[Linear, ...], flat: Linear, resolve: Callable[[Linear], Linear]
+    ) -> Linear:
         """Where the element with these tensor indices lies in the buffer.
 
         indices: without the parts of a fused axis.
@@ -195,7 +197,9 @@ def _source(
         raise ScheduleError(f"{access} divides a flattened axis; leave {', '.join(sorted(parts))} unfused.")
     base, inner = _split(index_over_loops(nest, index, parts), outer)
     if any(nest.loops[int(s[1:])].count is None for s, _ in inner.terms):
-        raise ScheduleError(f"{access} cannot be staged outside the loop over the batch; stage it further in.")
+        raise ScheduleError(
+            f"{access} cannot be staged outside the loop over the batch; stage it further in."
+        )
     if any(c % index.divisor for _, c in base.terms):
         raise ScheduleError(f"the footprint of {access} moves by a fraction; stage it further out.")
     low, high = inner.bounds(counts)
@@ -214,9 +218,10 @@ def _source(
 def _part(access: Access, sources: list[Source], part: str) -> Source | None:
     found = [s for s in sources if access.indices[s.dim].coefficient(part)]
     if len(found) > 1 or any(access.indices[s.dim].coefficient(part) < 0 for s in found):
-        raise ScheduleError(f"{access} is indexed by {part} more than once or backwards and cannot be flattened.")
+        raise ScheduleError(
+            f"{access} is indexed by {part} more than once or backwards and cannot be flattened."
+        )
     return found[0] if found else None
-
 
 
 def _require_dense(nest: Nest, stage: Stage) -> None:
@@ -224,4 +229,6 @@ def _require_dense(nest: Nest, stage: Stage) -> None:
     for axis in {loop.axis for loop in nest.loops}:
         inner = sorted(p.step for p in nest.loops[stage.level :] if p.axis == axis and p.count != 1)
         if inner and inner[0] != 1:
-            raise ScheduleError(f"the buffer of {stage.tensor} has gaps along {axis}; stage it outside its phase.")
+            raise ScheduleError(
+                f"the buffer of {stage.tensor} has gaps along {axis}; stage it outside its phase."
+            )

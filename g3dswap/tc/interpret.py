@@ -47,9 +47,13 @@ def interpret(nest: Nest, arrays: Mapping[str, Floats], batch: int = 1) -> Float
         if nest.output.tensor in buffers:
             _check_buffer(nest, buffers[nest.output.tensor], target, inside & live, axes, env)
         value = np.where(live, value, 0.0)
-        np.add.at(result, tuple(np.broadcast_arrays(*target, value)[:-1]), np.broadcast_arrays(*target, value)[-1])
-    whole = {a: np.arange(e).reshape([-1 if i == d else 1 for i in range(result.ndim)])
-             for d, (a, e) in enumerate(zip((i.terms[0][0] for i in nest.output.indices), result.shape))}
+        np.add.at(
+            result, tuple(np.broadcast_arrays(*target, value)[:-1]), np.broadcast_arrays(*target, value)[-1]
+        )
+    whole = {
+        a: np.arange(e).reshape([-1 if i == d else 1 for i in range(result.ndim)])
+        for d, (a, e) in enumerate(zip((i.terms[0][0] for i in nest.output.indices), result.shape))
+    }
     for addend in nest.addends:
         index, inside = _locate(nest, addend, whole, batch)
         result = result + np.where(inside, arrays[addend.tensor][index], 0.0)
@@ -82,7 +86,9 @@ def _axis_value(nest: Nest, axis: str, env: Mapping[str, Ints]) -> Ints:
     return flat if axis == fused.parts[0] else flat % fused.extents[fused.parts.index(axis)]
 
 
-def _locate(nest: Nest, access: Access, axes: Mapping[str, Ints], batch: int) -> tuple[tuple[Ints, ...], NDArray[np.bool_]]:
+def _locate(
+    nest: Nest, access: Access, axes: Mapping[str, Ints], batch: int
+) -> tuple[tuple[Ints, ...], NDArray[np.bool_]]:
     """Where an access reads, clipped into the tensor, and whether it is inside."""
     inside = np.ones((), bool)
     where = []
@@ -120,7 +126,9 @@ def _check_buffer(
             if source is not None:
                 steps[part] = (index[source.dim] - _value(source.base, env)) // source.phases
                 place = place + (steps[part] - axes[part]) * fused.weight(part)
-        require((place >= _value(row.base, env)) & (place < _value(row.base, env) + row.extent), "the flat index")
+        require(
+            (place >= _value(row.base, env)) & (place < _value(row.base, env) + row.extent), "the flat index"
+        )
         for part, step in steps.items():
             found = place // fused.weight(part)
             if part != fused.parts[0]:

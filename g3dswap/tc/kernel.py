@@ -35,6 +35,14 @@ def versions(target: str) -> dict[str, str]:
     return {"generator": GENERATOR, "compiler": runtime.version()}
 
 
+def require(target: str) -> None:
+    """NoCompilerError: kernels for this target cannot be built here, so searching for one is in vain."""
+    if target == "cpp":
+        runtime_cpp.compiler()
+    else:
+        runtime_triton.require()
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A compiled nest.
@@ -106,4 +114,3 @@ def build(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) ->
     runtime, printer = (runtime_cpp, print_cpp) if target == "cpp" else (runtime_triton, print_triton)
     source = printer(scheduled)
     return Kernel(scheduled, schedule, source, runtime.load(scheduled, schedule, source, timeout))
-

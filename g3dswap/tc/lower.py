@@ -34,7 +34,9 @@ def lower(
     bound = bind(comprehension, {**sizes, **({batch: 1} if batch else {})})
     first, *rest = comprehension.statements
     if first.op != "+=!":
-        raise NotationError(f"'{first}' does not begin with '+=!', which a nest needs; write the contraction first.")
+        raise NotationError(
+            f"'{first}' does not begin with '+=!', which a nest needs; write the contraction first."
+        )
     ranges = bound.ranges[0]
     known = {name: 1 for name in (batch,) if name} | dict(sizes)
 
@@ -56,12 +58,17 @@ def lower(
     output = access(first.target)
     parallel = output.axes
     axes = tuple(
-        Axis(name, None if name in batch_axes else hi - lo, name not in parallel) for name, (lo, hi) in ranges.items()
+        Axis(name, None if name in batch_axes else hi - lo, name not in parallel)
+        for name, (lo, hi) in ranges.items()
     )
     tensors = []
     for name in (*dims, first.target.tensor):
         shape: tuple[int | None, ...] = bound.tensors[name]
-        marks = dims[name] if name in dims else tuple(batch if str(i) in batch_axes else 0 for i in first.target.indices)
+        marks = (
+            dims[name]
+            if name in dims
+            else tuple(batch if str(i) in batch_axes else 0 for i in first.target.indices)
+        )
         shape = tuple(None if batch is not None and mark == batch else e for mark, e in zip(marks, shape))
         tensors.append(Tensor(name, shape, strides[name], dtype))
     return verify(
@@ -95,6 +102,12 @@ def _sum(expr: Expr, statement: Statement) -> list[Ref]:
 
 def _addends(statement: Statement, target: Ref) -> list[Ref]:
     refs = _sum(statement.value, statement)
-    if statement.target != target or statement.op == "+=!" or (statement.op == "=" and refs.count(target) != 1):
-        raise NotationError(f"'{statement}' does not add to {target}; an epilogue is '{target} = {target} + ...'.")
+    if (
+        statement.target != target
+        or statement.op == "+=!"
+        or (statement.op == "=" and refs.count(target) != 1)
+    ):
+        raise NotationError(
+            f"'{statement}' does not add to {target}; an epilogue is '{target} = {target} + ...'."
+        )
     return [ref for ref in refs if ref != target or statement.op != "="]

@@ -62,7 +62,9 @@ def count(nest: Nest) -> Counts:
                 for (_, p), grid in zip(loops, grids):
                     if p.axis == name:
                         value = value + grid * (p.step * scale)
-                unit = unit and all((p.step * c) % index.divisor == 0 for p in nest.loops[: nest.tile_start] if p.axis == axis)
+                unit = unit and all(
+                    (p.step * c) % index.divisor == 0 for p in nest.loops[: nest.tile_start] if p.axis == axis
+                )
             if index.divisor > 1 and unit:
                 alive = alive & (value % index.divisor == 0)
                 value = value // index.divisor
@@ -93,7 +95,9 @@ def check(nest: Nest) -> dict[str, Buffer]:
     placer = Placer(nest, buffers)
     unrolled = {f"v{i}": (p.count or 1) - 1 for i, p in enumerate(nest.loops) if p.bind == "unroll"}
     divided = any(i.divisor > 1 for f in nest.factors for i in f.indices)
-    corners = itertools.product(*({0, last} for last in unrolled.values())) if divided else [[0] * len(unrolled)]
+    corners = (
+        itertools.product(*({0, last} for last in unrolled.values())) if divided else [[0] * len(unrolled)]
+    )
     for values in [*itertools.islice(corners, MOST_CORNERS), tuple(unrolled.values())]:
         for access in nest.accesses:
             placer.place(access, dict(zip(unrolled, values)))
@@ -156,7 +160,7 @@ def _used(nest: Nest) -> float:
 
 
 def _interior(nest: Nest, buffers: dict[str, Buffer]) -> float:
-    """The share of the tiles in which no load needs a guard: their span fits the tensor in every dimension."""
+    """The share of the tiles in which no load needs a guard: those that fit the tensor everywhere."""
     share = 1.0
     counts = loop_counts(nest)
     inner = {f"v{i}": c if i >= nest.tile_start else 1 for i, c in enumerate(counts.values())}

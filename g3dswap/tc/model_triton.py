@@ -57,7 +57,9 @@ def _load(nest: Nest, access: Access) -> float:
         last = fused.parts[-1] if fused else loop.axis
         if access.axes & set(fused.parts if fused else (loop.axis,)):
             own *= loop.count or 1
-        step = sum(s * i.coefficient(last) // i.divisor for i, s in zip(access.indices, strides)) * (1 if fused else loop.step)
+        step = sum(s * i.coefficient(last) // i.divisor for i, s in zip(access.indices, strides)) * (
+            1 if fused else loop.step
+        )
         if step == 1:
             consecutive = min(loop.count or 1, nest.extent(loop.axis) or 1)
     if own == 1:

@@ -86,7 +86,9 @@ class Index:
     def __str__(self) -> str:
         text = " + ".join(name if c == 1 else f"{c}*{name}" for name, c in self.terms)
         if self.offset or not text:
-            text = f"{text} {'-' if self.offset < 0 else '+'} {abs(self.offset)}" if text else str(self.offset)
+            text = (
+                f"{text} {'-' if self.offset < 0 else '+'} {abs(self.offset)}" if text else str(self.offset)
+            )
         return text if self.divisor == 1 else f"({text})/{self.divisor}"
 
 
@@ -310,7 +312,10 @@ def verify(nest: Nest) -> Nest:
             _require(index.divisor > 0, nest, "{} divides by {}", access, index.divisor)
     for index in nest.output.indices:
         _require(
-            len(index.terms) == 1 and index.is_axis(index.terms[0][0]), nest, "output index {} is no axis", index
+            len(index.terms) == 1 and index.is_axis(index.terms[0][0]),
+            nest,
+            "output index {} is no axis",
+            index,
         )
     for access in (*nest.addends, nest.output):
         _require(not any(nest.axis(a).reduce for a in access.axes), nest, "{} depends on a reduction", access)
@@ -332,7 +337,10 @@ def verify_loops(nest: Nest) -> Nest:
     looped = {loop.axis for loop in nest.loops}
     plain = [a.name for a in nest.axes if a.name not in fused_parts]
     _require(
-        looped == {*plain, *(f.name for f in nest.fused)}, nest, "loops over {} miss or repeat axes", sorted(looped)
+        looped == {*plain, *(f.name for f in nest.fused)},
+        nest,
+        "loops over {} miss or repeat axes",
+        sorted(looped),
     )
     for name in looped:
         _verify_digits(nest, name)
@@ -344,7 +352,10 @@ def verify_loops(nest: Nest) -> Nest:
         _require((loop.bind == "grid") == (i < grids), nest, "grid inside another loop")
         inside = i >= start or accumulate <= i or loop.bind == "grid"
         _require(
-            inside or not nest.is_reduce(loop.axis), nest, "the reduction {} is outside a parallel loop", loop.axis
+            inside or not nest.is_reduce(loop.axis),
+            nest,
+            "the reduction {} is outside a parallel loop",
+            loop.axis,
         )
     staged = [s.tensor for s in nest.stages]
     _require(len(set(staged)) == len(staged), nest, "a tensor is staged twice")
@@ -353,7 +364,13 @@ def verify_loops(nest: Nest) -> Nest:
         _require(known, nest, "{} cannot be staged", stage.tensor)
         last = accumulate if stage.tensor == nest.output.tensor else start
         _require(
-            grids <= stage.level <= last, nest, "{} is staged at {}, not {}..{}", stage.tensor, stage.level, grids, last
+            grids <= stage.level <= last,
+            nest,
+            "{} is staged at {}, not {}..{}",
+            stage.tensor,
+            stage.level,
+            grids,
+            last,
         )
     return nest
 
@@ -362,17 +379,23 @@ def _verify_digits(nest: Nest, name: str) -> None:
     own = [loop for loop in nest.loops if loop.axis == name]
     extent = nest.extent(name)
     if extent is None:
-        _require(len(own) == 1 and own[0].count is None and own[0].step == 1, nest, "the batch {} is split", name)
+        _require(
+            len(own) == 1 and own[0].count is None and own[0].step == 1, nest, "the batch {} is split", name
+        )
         _require(own[0].bind in ("grid", "serial"), nest, "the batch {} is bound to {}", name, own[0].bind)
         return
     span = 1
     for loop in sorted(own, key=lambda p: p.step):
-        _require(loop.count is not None and loop.count > 0, nest, "a loop over {} has count {}", name, loop.count)
+        _require(
+            loop.count is not None and loop.count > 0, nest, "a loop over {} has count {}", name, loop.count
+        )
         _require(loop.step == span or loop.count == 1, nest, "the digits of {} overlap or leave gaps", name)
         span *= loop.count or 1
     _require(span >= extent, nest, "the digits of {} reach {} of {}", name, span, extent)
     if nest.is_reduce(name) and span > extent:
         # Overshoot must add nothing: a factor that is indexed by the axis alone is zero there.
         fused = nest.fused_axis(name)
-        ended = {i.terms[0][0] for a in nest.factors for i in a.indices if len(i.terms) == 1 and i.divisor == 1}
+        ended = {
+            i.terms[0][0] for a in nest.factors for i in a.indices if len(i.terms) == 1 and i.divisor == 1
+        }
         _require(set(fused.parts if fused else [name]) <= ended, nest, "nothing ends the reduction {}", name)

@@ -21,8 +21,8 @@ def folder() -> Path:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = path.stat()
-        probe = tempfile.TemporaryFile(dir=path)
-        probe.close()
+        with tempfile.TemporaryFile(dir=path):
+            pass  # it can be written
     except OSError:
         return _private()
     if state.st_uid != os.getuid() or state.st_mode & 0o022:

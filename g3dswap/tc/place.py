@@ -81,7 +81,9 @@ class Placer:
                 value = Linear(value.const // index.divisor, terms)
             else:
                 if self.lane is not None and value.coefficient(self.lane):
-                    raise ScheduleError(f"{access} divides the lanes by {index.divisor}; split them by a phase.")
+                    raise ScheduleError(
+                        f"{access} divides the lanes by {index.divisor}; split them by a phase."
+                    )
                 exact.append((value, index.divisor))
                 value = Linear(0, ((f"(({value}) / {index.divisor})", 1),))
             values.append(value)
@@ -175,7 +177,9 @@ class Placer:
     ) -> Place:
         step = address.coefficient(self.lane) if self.lane is not None else 0
         if step not in (0, 1):
-            raise ScheduleError(f"the lanes step by {step} elements in {access}; stage it or use another axis.")
+            raise ScheduleError(
+                f"the lanes step by {step} elements in {access}; stage it or use another axis."
+            )
         if self.lane is not None:
             address = address.without(self.lane)
         return Place(access.tensor, address, step == 1, guards, exact, tail if step == 1 else None)

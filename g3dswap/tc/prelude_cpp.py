@@ -64,7 +64,8 @@ static inline void fill_zero(T* to, int64_t n) { memset(to, 0, n * sizeof(T)); }
 
 // Elements first, first + PHASES, ... of a row of `extent`; zero outside it.
 template <int64_t STRIDE, int64_t PHASES, class E>
-static inline void read_run(T* __restrict to, const E* __restrict from, int64_t first, int64_t extent, int64_t n) {
+static inline void read_run(
+    T* __restrict to, const E* __restrict from, int64_t first, int64_t extent, int64_t n) {
   int64_t begin = first < 0 ? (-first + PHASES - 1) / PHASES : 0;
   int64_t end = extent > first ? (extent - first + PHASES - 1) / PHASES : 0;
   if (begin > n) begin = n;
@@ -76,7 +77,8 @@ static inline void read_run(T* __restrict to, const E* __restrict from, int64_t 
   for (int64_t j = end; j < n; ++j) to[j] = 0;
 }
 template <int64_t STRIDE, int64_t PHASES, class E>
-static inline void write_run(const T* __restrict from, E* __restrict to, int64_t first, int64_t extent, int64_t n) {
+static inline void write_run(
+    const T* __restrict from, E* __restrict to, int64_t first, int64_t extent, int64_t n) {
   int64_t end = extent > first ? (extent - first + PHASES - 1) / PHASES : 0;
   if (end > n) end = n;
   to += first * STRIDE;
@@ -87,9 +89,15 @@ static inline void write_run(const T* __restrict from, E* __restrict to, int64_t
 MASKED = r"""
 #if defined(__AVX512F__)
 // Masked moves for whole registers; the intrinsics' header alone takes longer to compile than a kernel.
-static inline uint16_t lanes_below(int64_t n) { return n >= WIDTH ? (1u << WIDTH) - 1u : n > 0 ? (1u << n) - 1u : 0u; }
-static inline V load_tail(const T* p, int64_t n) { return (V)__builtin_ia32_loadu@SUFFIX@512_mask(p, (V){}, lanes_below(n)); }
-static inline void store_tail(T* p, V v, int64_t n) { __builtin_ia32_storeu@SUFFIX@512_mask(p, v, lanes_below(n)); }
+static inline uint16_t below(int64_t n) {
+  return n >= WIDTH ? (1u << WIDTH) - 1u : n > 0 ? (1u << n) - 1u : 0u;
+}
+static inline V load_tail(const T* p, int64_t n) {
+  return (V)__builtin_ia32_loadu@SUFFIX@512_mask(p, (V){}, below(n));
+}
+static inline void store_tail(T* p, V v, int64_t n) {
+  __builtin_ia32_storeu@SUFFIX@512_mask(p, v, below(n));
+}
 #endif
 """
 
@@ -98,4 +106,6 @@ def prelude(compute: str, width: int) -> str:
     """The prelude for vectors of `width` elements of type `compute` ("float" or "double")."""
     whole = width * (8 if compute == "double" else 4) == 64
     masked = MASKED.replace("@SUFFIX@", "pd" if compute == "double" else "ps") if whole else ""
-    return PRELUDE.replace("@TYPE@", compute).replace("@WIDTH@", str(width)).replace("@MASKED@", masked.strip())
+    return (
+        PRELUDE.replace("@TYPE@", compute).replace("@WIDTH@", str(width)).replace("@MASKED@", masked.strip())
+    )

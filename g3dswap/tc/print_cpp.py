@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import ScheduleError
-from .buffers import Buffer, Flat, Row, Source, make_buffer
+from .buffers import Buffer, Flat, Source, make_buffer
 from .nest import Access, Linear, Nest
 from .place import Env, Guard, Place, Placer, resolve
 from .prelude_cpp import prelude
@@ -52,7 +52,9 @@ class _Printer:
         self.width = next((p.count or 1 for p in nest.loops if p.bind == "lanes"), 1)
         size = self.width * (8 if self.compute == "double" else 4)
         if size > MAX_VECTOR_BYTES or self.width & (self.width - 1):
-            raise ScheduleError(f"{self.width} lanes of {self.compute} are no vector of up to {MAX_VECTOR_BYTES} bytes.")
+            raise ScheduleError(
+                f"{self.width} lanes of {self.compute} are no vector of up to {MAX_VECTOR_BYTES} bytes."
+            )
         self.buffers = {s.tensor: make_buffer(nest, s) for s in nest.stages}
         self.placer = Placer(nest, self.buffers)
         self.lines: list[str] = []
@@ -105,7 +107,7 @@ class _Printer:
                 self.emit("free(scratch);")
         self.emit("return failed;")
         head = f"// {nest.name}\n" + "".join(f"// {line}\n" for line in str(nest).splitlines()[1:])
-        signature = "extern \"C\" int run(const void* const* operands, void* out, int64_t batch, int threads) {"
+        signature = 'extern "C" int run(const void* const* operands, void* out, int64_t batch, int threads) {'
         return "\n".join([head + prelude(self.compute, self.width), signature, *self.lines, "}", ""])
 
     def scratch(self) -> None:
@@ -220,7 +222,9 @@ class _Printer:
             self.emit(f"auto* buf = {b}; auto* mem = {m};")
             yield
 
-    def copy_run(self, first: str, phases: int, extent: int | None, stride: int, count: str, out: bool) -> None:
+    def copy_run(
+        self, first: str, phases: int, extent: int | None, stride: int, count: str, out: bool
+    ) -> None:
         """The innermost dimension: elements `first + j * phases` of the tensor, j < count."""
         limit = "batch" if extent is None else str(extent)
         call = "write_run" if out else "read_run"
@@ -232,7 +236,9 @@ class _Printer:
         pitch = extents[-1]
         flat, run = self.fresh("x"), self.fresh("n")
         self.emit(f"const int64_t {flat}_end = ({resolve(row.base, env)}) + {row.extent};")
-        with self.block(f"for (int64_t {flat} = {resolve(row.base, env)}, {run}; {flat} < {flat}_end; {flat} += {run})"):
+        with self.block(
+            f"for (int64_t {flat} = {resolve(row.base, env)}, {run}; {flat} < {flat}_end; {flat} += {run})"
+        ):
             column = f"{flat} % {pitch}" if len(extents) > 1 else flat
             self.emit(f"const int64_t {flat}_c = {column};")
             rest = f"{pitch} - {flat}_c" if len(extents) > 1 else f"{flat}_end - {flat}"
@@ -245,7 +251,9 @@ class _Printer:
                 if position:
                     value = f"({value}) % {extents[position]}"
                 index = self.fresh("x")
-                self.emit(f"const int64_t {index} = {self.first(source, phase, env)} + ({value}) * {source.phases};")
+                self.emit(
+                    f"const int64_t {index} = {self.first(source, phase, env)} + ({value}) * {source.phases};"
+                )
                 inside.append(f"(uint64_t){index} < {buffer.tensor.shape[source.dim]}u")
                 step.append(f"{index} * {buffer.tensor.strides[source.dim]}")
             place = f"({flat} - ({resolve(row.base, env)}))"
@@ -272,7 +280,9 @@ class _Printer:
     # The register tile
 
     def tile_points(self, env: Env) -> Iterator[Env]:
-        loops = [(i, p) for i, p in enumerate(self.nest.loops) if i >= self.nest.tile_start and p.bind == "unroll"]
+        loops = [
+            (i, p) for i, p in enumerate(self.nest.loops) if i >= self.nest.tile_start and p.bind == "unroll"
+        ]
         for values in itertools.product(*(range(p.count or 1) for _, p in loops)):
             yield {**env, **{f"v{i}": v for (i, _), v in zip(loops, values)}}
 
@@ -306,7 +316,7 @@ class _Printer:
         run = math.prod(p.count or 1 for p in tile if p.bind == "unroll" and nest.is_reduce(p.axis))
         inner = nest.loops[level - 1].count or 1 if level > nest.accumulate_from else 1
         cuts = []
-        if 8 <= run and run * inner > 16 * LONGEST_SUM:
+        if run >= 8 and run * inner > 16 * LONGEST_SUM:
             cuts.append(level)
             run = 1
         while level > nest.accumulate_from + 1:
@@ -388,7 +398,9 @@ class _Printer:
             uses.setdefault(places[stream], []).append((key, others))
         ordered = sorted(uses, key=lambda p: (p.address.terms, p.address.const))
         held: dict[Place, str] = {}
-        for condition, group in itertools.groupby(ordered, key=lambda p: self.condition(p) if guarded else "true"):
+        for condition, group in itertools.groupby(
+            ordered, key=lambda p: self.condition(p) if guarded else "true"
+        ):
             streamed = list(group)
             if condition == "true":
                 self.stream(streamed, uses, held, pointers, guarded)

@@ -34,7 +34,9 @@ def _compiler(setting: str | None, path: str | None) -> tuple[str, str]:
     try:
         answer = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise NoCompilerError(f"the C++ compiler {found} does not run ({error}); name another one in CXX.") from error
+        raise NoCompilerError(
+            f"the C++ compiler {found} does not run ({error}); name another one in CXX."
+        ) from error
     return found, answer.stdout.splitlines()[0] if answer.stdout else found
 
 
@@ -85,9 +87,13 @@ def _compile(command: str, source: str, path: Path, timeout: float) -> None:
                 [command, *FLAGS, str(text), "-o", str(made)], capture_output=True, text=True, timeout=timeout
             )
         except subprocess.TimeoutExpired as error:
-            raise CompileError(f"{command} took longer than {timeout:g} s for one kernel; it is left out.") from error
+            raise CompileError(
+                f"{command} took longer than {timeout:g} s for one kernel; it is left out."
+            ) from error
         except OSError as error:
-            raise NoCompilerError(f"{command} does not run ({error}); name another compiler in CXX.") from error
+            raise NoCompilerError(
+                f"{command} does not run ({error}); name another compiler in CXX."
+            ) from error
         if done.returncode:
             first = (done.stderr.strip().splitlines() or ["no message"])[0]
             raise CompileError(f"{command} failed with exit code {done.returncode}: {first}")
@@ -95,11 +101,15 @@ def _compile(command: str, source: str, path: Path, timeout: float) -> None:
     seal(path)
 
 
-def _bind(path: Path, operands: int, name: str) -> Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]:
+def _bind(
+    path: Path, operands: int, name: str
+) -> Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise CompileError(f"{path} cannot be loaded ({error}); delete it to have it compiled again.") from error
+        raise CompileError(
+            f"{path} cannot be loaded ({error}); delete it to have it compiled again."
+        ) from error
     run = library.run
     run.argtypes = [ctypes.c_void_p * operands, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     pointers = ctypes.c_void_p * operands

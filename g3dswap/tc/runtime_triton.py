@@ -39,14 +39,19 @@ def version() -> str:
     return "none" if triton is None else str(triton.__version__)
 
 
+def require() -> None:
+    """NoCompilerError: there is no Triton."""
+    if triton is None:
+        raise NoCompilerError("kernels for this device need Triton, which is missing; pip install triton.")
+
+
 def load(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Launch:
     """The launch function of a printed kernel, compiled for the current device.
 
     NoCompilerError: no Triton or no GPU.  CompileError: the kernel does not compile.
     """
     del timeout  # Triton compiles in this process; a compilation that must be stopped runs in a child
-    if triton is None:
-        raise NoCompilerError("kernels for this device need Triton, which is missing; pip install triton.")
+    require()
     kernel = _import(source)
     options = {"num_warps": schedule.hint("warps", 4), "num_stages": schedule.hint("stages", 2)}
     if not isinstance(kernel, triton.JITFunction):

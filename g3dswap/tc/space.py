@@ -49,7 +49,9 @@ class Space:
         families = self._cpp_families() if self.target == "cpp" else self._triton_families()
         ordered = [sorted(f, key=lambda pair: (pair[0], str(pair[1]))) for f in families if f]
         if not ordered:
-            raise ScheduleError(f"no schedule of {self.nest.name} fits target {self.target}; use another kernel for it.")
+            raise ScheduleError(
+                f"no schedule of {self.nest.name} fits target {self.target}; use another kernel for it."
+            )
         return sorted(ordered, key=lambda f: f[0][0])
 
     def _cpp_families(self) -> list[list[tuple[float, Schedule]]]:
@@ -78,15 +80,21 @@ class Space:
 
     def default(self) -> Schedule:
         """The best schedule by the model that prints.  ScheduleError: there is none."""
-        for _, schedule in sorted((pair for f in self._families for pair in f[:A_FAMILY]), key=lambda p: p[0]):
+        for _, schedule in sorted(
+            (pair for f in self._families for pair in f[:A_FAMILY]), key=lambda p: p[0]
+        ):
             if self._prints(schedule):
                 return schedule
-        raise ScheduleError(f"no schedule of {self.nest.name} prints for {self.target}; use another kernel for it.")
+        raise ScheduleError(
+            f"no schedule of {self.nest.name} prints for {self.target}; use another kernel for it."
+        )
 
     def ranked(self, limit: int, rng: random.Random) -> list[Schedule]:
         """Up to `limit` schedules, best first by the model, at most a few of each family."""
         del rng  # the ranking needs no chance; the signature is the tuner's
-        pairs = sorted((pair for f in self._families for pair in _diverse(f)), key=lambda p: (p[0], str(p[1])))
+        pairs = sorted(
+            (pair for f in self._families for pair in _diverse(f)), key=lambda p: (p[0], str(p[1]))
+        )
         return [schedule for _, schedule in pairs[:limit]]
 
     def mutate(self, schedule: Schedule, rng: random.Random) -> Schedule:
@@ -111,7 +119,7 @@ class Space:
         child = Schedule(digits, a.fuse, a.stage, a.hints)
         return child if self.cost(child) < math.inf else a
 
-    def random(self, rng: random.Random, printable: bool = True) -> Schedule:
+    def any(self, rng: random.Random, printable: bool = True) -> Schedule:
         """Any legal schedule, however slow: what the tests draw from."""
         for _ in range(2000):
             if self.target == "cpp":

@@ -83,7 +83,7 @@ def lane_axes(nest: Nest) -> list[tuple[str, ...]]:
         pure = [(a, s) for a, s in pure if nest.extent(a) != 1 and a not in split]
         for begin, end in itertools.combinations(range(len(pure) + 1), 2):
             run = pure[begin:end]
-            joined = all(s == t * (nest.extent(b) or 1) for (_, s), (b, t) in zip(run, run[1:]))
+            joined = all(s == t * (nest.extent(b) or 1) for (_, s), (b, t) in itertools.pairwise(run))
             if 2 <= len(run) <= 3 and joined and len({nest.is_reduce(a) for a, _ in run}) == 1:
                 found.append(tuple(a for a, _ in run))
     return list(dict.fromkeys(found)) or [(nest.output.indices[-1].terms[0][0],)]
@@ -102,7 +102,9 @@ def orders(nest: Nest, lanes: tuple[str, ...]) -> list[tuple[tuple[str, ...], in
     """Loop orders, each with its number of parallel loops: the batch and enough axes for the cores, then the
     parallel axes, then the reductions."""
     names = list(dict.fromkeys(fused_name(lanes) if a.name in lanes else a.name for a in nest.axes))
-    extents = {n: math.prod(nest.extent(a) or 0 for a in (lanes if n == fused_name(lanes) else (n,))) for n in names}
+    extents = {
+        n: math.prod(nest.extent(a) or 0 for a in (lanes if n == fused_name(lanes) else (n,))) for n in names
+    }
     parallel = [n for n in names if not nest.is_reduce(n.split("*")[0])]
     reduce = [n for n in names if n not in parallel]
     # The channel axes come first in every tensor of the product, so the second of them is the one
@@ -115,14 +117,15 @@ def orders(nest: Nest, lanes: tuple[str, ...]) -> list[tuple[tuple[str, ...], in
     found = []
     for outer in dict.fromkeys([tuple(others), tuple(inside)]):
         for count in range(min(len(outer), 3) + 1):
-            grid = batch + list(outer[:count])
-            rest = outer[count:]
+            head, rest = (*batch, *outer[:count]), outer[count:]
             for tail in dict.fromkeys([rest, rest[1:2] + rest[:1] + rest[2:], rest[1:] + rest[:1]]):
-                found.append(((*grid, *tail, *reduce), len(grid)))
+                found.append(((*head, *tail, *reduce), len(head)))
     for order, grid in list(found):
         # A batch that is reduced can be split over the tasks; what is staged then serves all results.
         found += [
-            ((*order[:grid], n, *(o for o in order[grid:] if o != n)), grid + 1) for n in reduce if extents[n] == 0
+            ((*order[:grid], n, *(o for o in order[grid:] if o != n)), grid + 1)
+            for n in reduce
+            if extents[n] == 0
         ]
     tasks = [max(1, math.prod(extents[n] or 1 for n in order[:grid])) for order, grid in found]
     enough = [f for f, t in zip(found, tasks) if t >= 2]
@@ -143,7 +146,7 @@ def tile_choices(nest: Nest, axis: str, lanes: tuple[str, ...], width: int) -> l
 
 
 def shares(nest: Nest, axis: str) -> bool:
-    """Whether unrolling an axis lets terms share a load: a factor does without it, or shifts it by another."""
+    """Whether unrolling an axis lets terms share a load: a factor lacks it, or shifts it by another."""
     fused = nest.fused_axis(axis)
     names = set(fused.parts if fused else axis.split("*"))
     return any(
@@ -226,9 +229,14 @@ def _with_stages(nest: Nest, point: Point) -> list[Point]:
         last = parallel if tensor == nest.output.tensor else len(point.order)
         for other in range(first_level(nest, tensor, point.order, point.grid), last + 1):
             if other != level:
-                found.append(replace(point, stages=(*point.stages[:i], (tensor, other), *point.stages[i + 1 :])))
+                found.append(
+                    replace(point, stages=(*point.stages[:i], (tensor, other), *point.stages[i + 1 :]))
+                )
     if len(point.stages) > 1:
-        found += [replace(point, stages=tuple((t, n) for t, _ in point.stages)) for n in range(point.grid, parallel + 1)]
+        found += [
+            replace(point, stages=tuple((t, n) for t, _ in point.stages))
+            for n in range(point.grid, parallel + 1)
+        ]
     return found
 
 
@@ -269,7 +277,13 @@ def climb(nest: Nest, point: Point, threads: int, seen: dict[Point, float | None
     while True:
         before = point
         for axis in point.order:
-            point = min([point, *(_with_tile(point, axis, c) for c in tile_choices(nest, axis, point.lanes, point.width))], key=value)
+            point = min(
+                [
+                    point,
+                    *(_with_tile(point, axis, c) for c in tile_choices(nest, axis, point.lanes, point.width)),
+                ],
+                key=value,
+            )
         point = min([point, *_with_stages(nest, point)], key=value)
         point = min([point, *_with_order(nest, point)], key=value)
         if point == before:
@@ -297,7 +311,11 @@ def random_point(nest: Nest, rng: random.Random) -> Point:
     order = (*order[:grid], *head, *tail)
     if nest.axes[0].reduce is False and rng.random() < 0.2:
         grid = rng.randint(0, parallel)
-    tile = tuple((a, c) for a in order if (c := rng.choice(tile_choices(nest, a, lanes, width))) > 1 and rng.random() < 0.6)
+    tile = tuple(
+        (a, c)
+        for a in order
+        if (c := rng.choice(tile_choices(nest, a, lanes, width))) > 1 and rng.random() < 0.6
+    )
     staged = rng.choice(list(stage_sets(nest, lanes)))
     last = {t: parallel if t == nest.output.tensor else len(order) for t in staged}
     stages = tuple((t, rng.randint(min(grid, last[t]), last[t])) for t in staged)

@@ -37,13 +37,19 @@ class Point:
     def schedule(self, nest: Nest) -> Schedule:
         fused = {fused_name(axes): axes for axes, _ in self.lanes}
         parts = {a for axes in fused.values() for a in axes}
-        names = list(dict.fromkeys(next((n for n, p in fused.items() if a.name in p), a.name) for a in nest.axes))
+        names = list(
+            dict.fromkeys(next((n for n, p in fused.items() if a.name in p), a.name) for a in nest.axes)
+        )
         grid = [n for n in names if not _reduces(nest, n) or n in self.split]
         serial = [n for n in names if n not in grid]
         digits = [Digit(n, None, "grid") for n in grid] + [Digit(n, None, "serial") for n in serial]
         digits += [Digit(a, c, "unroll") for a, c in self.tile if c > 1]
         digits += [Digit(fused_name(axes), count, "lanes") for axes, count in self.lanes]
-        digits += [Digit(a, p, "unroll", True) for a, p in phases(nest).items() if a not in parts or (a,) in fused.values()]
+        digits += [
+            Digit(a, p, "unroll", True)
+            for a, p in phases(nest).items()
+            if a not in parts or (a,) in fused.values()
+        ]
         groups = tuple(axes for axes, _ in self.lanes if len(axes) > 1)
         return Schedule(tuple(digits), groups, (), (("warps", self.warps),))
 
@@ -51,7 +57,9 @@ class Point:
     def of(cls, schedule: Schedule) -> Point:
         """The inverse of `schedule`."""
         groups = {fused_name(g): g for g in schedule.fuse}
-        lanes = tuple((groups.get(d.axis, (d.axis,)), d.count or 1) for d in schedule.digits if d.bind == "lanes")
+        lanes = tuple(
+            (groups.get(d.axis, (d.axis,)), d.count or 1) for d in schedule.digits if d.bind == "lanes"
+        )
         tile = tuple((d.axis, d.count or 1) for d in schedule.digits if d.bind == "unroll" and not d.phase)
         grid = tuple(d.axis for d in schedule.digits if d.bind == "grid")
         return cls(lanes, tile, grid, schedule.hint("warps", 4))
@@ -180,10 +188,14 @@ def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
     if choice == 1:
         return replace(point, tile=rng.choice(tiles(nest, point.lanes)))
     if choice == 2:
-        reductions = [d.axis for d in point.schedule(nest).digits if d.count is None and _reduces(nest, d.axis)]
+        reductions = [
+            d.axis for d in point.schedule(nest).digits if d.count is None and _reduces(nest, d.axis)
+        ]
         if reductions:
             name = rng.choice(reductions)
-            split = tuple(s for s in point.split if s != name) if name in point.split else (*point.split, name)
+            split = (
+                tuple(s for s in point.split if s != name) if name in point.split else (*point.split, name)
+            )
             return replace(point, split=split)
     return replace(point, warps=rng.choice((1, 2, 4, 8)))
 
@@ -191,7 +203,11 @@ def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
 def random_point(nest: Nest, rng: random.Random) -> Point:
     """Any point, legal or not: the tests' source of schedules nobody would choose."""
     lanes = rng.choice(lane_sets(nest))
-    tile = tuple((a.name, c) for a in nest.axes if a.extent and (c := rng.choice((1, 1, 2, 3, a.extent))) <= a.extent and c > 1)
+    tile = tuple(
+        (a.name, c)
+        for a in nest.axes
+        if a.extent and (c := rng.choice((1, 1, 2, 3, a.extent))) <= a.extent and c > 1
+    )
     covered = {a for axes, _ in lanes for a in axes}
     tile = tuple((a, c) for a, c in tile if a not in covered)
     reductions = [a.name for a in nest.axes if a.reduce and a.name not in covered]

@@ -23,10 +23,12 @@ def test_interpreted_nests_scheduled_and_not_agree_with_float64(case: Case) -> N
     nest = make_nest(case.problem)
     tensors, _ = operands(case)
     want = expected(case, tensors).numpy()
-    schedule = Space(nest, "cpp").random(random.Random(case.seed), printable=False)
+    schedule = Space(nest, "cpp").any(random.Random(case.seed), printable=False)
     for candidate in (nest, apply(nest, schedule)):
         got = interpret(candidate, arrays(nest, tensors, case.batch), case.batch)
-        np.testing.assert_allclose(got.reshape(want.shape), want, rtol=0, atol=1e-10 * max(1.0, np.abs(want).max()))
+        np.testing.assert_allclose(
+            got.reshape(want.shape), want, rtol=0, atol=1e-10 * max(1.0, np.abs(want).max())
+        )
 
 
 @settings(max_examples=examples(150))
@@ -34,7 +36,7 @@ def test_interpreted_nests_scheduled_and_not_agree_with_float64(case: Case) -> N
 def test_compiled_cpp_with_random_schedules_agrees_with_float64(case: Case) -> None:
     nest = make_nest(case.problem)
     tensors, out = operands(case)
-    schedule = Space(nest, "cpp").random(random.Random(case.seed))
+    schedule = Space(nest, "cpp").any(random.Random(case.seed))
     build(nest, schedule, "cpp")(*tensors, out=out)
     assert error(out, expected(case, tensors)) <= TOLERANCE[case.problem.dtype]
 
@@ -54,6 +56,10 @@ def test_mutations_and_crossings_are_legal_and_schedules_survive_json(case: Case
     space = Space(make_nest(case.problem), "cpp")
     rng = random.Random(case.seed)
     first, *others = space.ranked(4, rng)
-    for schedule in (first, space.mutate(first, rng), space.crossover(first, others[-1] if others else first, rng)):
+    for schedule in (
+        first,
+        space.mutate(first, rng),
+        space.crossover(first, others[-1] if others else first, rng),
+    ):
         assert space.cost(schedule) < float("inf")
         assert Schedule.from_json(schedule.to_json()) == schedule
