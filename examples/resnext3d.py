@@ -277,7 +277,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Run]:
     """Builds, converts, verifies, trains and tells; returns the runs by the model's name."""
     options = parse_options(arguments)
-    torch.backends.cudnn.benchmark = True  # PyTorch at its best
+    if torch.device(options.device).type == "cuda":
+        torch.backends.cudnn.benchmark = True  # PyTorch at its best
     torch.manual_seed(options.seed)
     model = ResNeXt3D(options.depth, options.cardinality, options.width, DIRECTIONS)
     model = model.to(options.device, memory_format=options.memory_format)  # type: ignore[call-overload]

@@ -246,7 +246,8 @@ def test_no_kernel_works(world: World, cache: Cache) -> None:
     world.on_build = refuse
     choice = chooser(cache).choose(PROBLEM)
     assert choice.is_native and "8 compile-error" in choice.reason and "no kernel worked" in choice.reason
-    assert again(cache).choose(PROBLEM).is_native
+    # It says more about the compiler than about the kernels, so it is not remembered.
+    assert not cache.entries()
 
 
 def test_a_wrong_kernel_never_wins(world: World, cache: Cache) -> None:

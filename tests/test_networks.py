@@ -17,14 +17,14 @@ def mednext() -> tuple[nn.Module, Tensor]:
     from monai.networks.nets import MedNeXtS
 
     return MedNeXtS(spatial_dims=3, in_channels=1, out_channels=2, deep_supervision=False), torch.randn(
-        1, 1, 16, 16, 16
+        2, 1, 16, 16, 16
     )
 
 
 def seresnext() -> tuple[nn.Module, Tensor]:
     from monai.networks.nets import SEResNext50
 
-    return SEResNext50(spatial_dims=3, in_channels=1, num_classes=3), torch.randn(1, 1, 32, 32, 32)
+    return SEResNext50(spatial_dims=3, in_channels=1, num_classes=3), torch.randn(2, 1, 48, 48, 48)
 
 
 def uniformer() -> tuple[nn.Module, Tensor]:

@@ -193,13 +193,14 @@ def _version(package: str) -> str | None:
 @contextlib.contextmanager
 def _device(settings: Settings) -> Iterator[None]:
     """The device, the threads and, on a GPU, cuDNN's own search for its fastest kernels; restored after."""
-    threads, search = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    threads, search = torch.get_num_threads(), torch._C._get_cudnn_benchmark()
     gpu = settings.device.type == "cuda"
     try:
         torch.set_num_threads(settings.threads or threads)
-        torch.backends.cudnn.benchmark = gpu or search
+        # Not through torch.backends, which refuses once somebody has called disable_global_flags.
+        torch._C._set_cudnn_benchmark(gpu or search)
         with torch.cuda.device(settings.device) if gpu else contextlib.nullcontext():
             yield
     finally:
         torch.set_num_threads(threads)
-        torch.backends.cudnn.benchmark = search
+        torch._C._set_cudnn_benchmark(search)

@@ -346,8 +346,9 @@ def verify_loops(nest: Nest) -> Nest:
         _verify_digits(nest, name)
     grids = sum(loop.bind == "grid" for loop in nest.loops)
     start, accumulate = nest.tile_start, nest.accumulate_from
-    for i, loop in enumerate(nest.loops):
+    for loop in nest.loops:
         _require(loop.bind in BINDS, nest, "unknown bind {}", loop.bind)
+    for i, loop in enumerate(nest.loops):
         _require(loop.bind not in VECTOR_BINDS or i >= start, nest, "{} outside the register tile", loop.bind)
         _require((loop.bind == "grid") == (i < grids), nest, "grid inside another loop")
         inside = i >= start or accumulate <= i or loop.bind == "grid"

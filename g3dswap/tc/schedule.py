@@ -135,6 +135,9 @@ def _fuse(nest: Nest, parts: tuple[str, ...], staged: set[str]) -> Fused:
 
 
 def _loops(nest: Nest, schedule: Schedule) -> tuple[Loop, ...]:
+    known = {*(a.name for a in nest.axes), *(f.name for f in nest.fused)}
+    if unknown := {d.axis for d in schedule.digits} - known:
+        raise ScheduleError(f"nest {nest.name} has no axis {min(unknown)!r}, which [{schedule}] splits.")
     counts: dict[int, int | None] = {}
     steps: dict[int, int] = {}
     for axis in {d.axis for d in schedule.digits}:

@@ -105,7 +105,7 @@ def test_the_verifier_sees_broken_nests(change, message: str) -> None:  # type: 
     ("text", "fuse", "stage", "message"),
     [
         ("n 2 grid | " + FORWARD_LOOPS[14:] + REDUCTIONS, (), (), "batch n is split"),
-        (FORWARD_LOOPS + REDUCTIONS + " | x 4 unroll", (), (), "miss or repeat"),
+        (FORWARD_LOOPS + REDUCTIONS + " | x 4 unroll", (), (), "has no axis 'x'"),
         (FORWARD_LOOPS + REDUCTIONS + " | w rest lanes", (), (), "only the first digit of w"),
         (FORWARD_LOOPS + REDUCTIONS, (("n", "g"),), (), "batch axis n cannot be flattened"),
         (FORWARD_LOOPS + REDUCTIONS, (("w", "c"),), (), "mixes kinds"),

@@ -65,7 +65,7 @@ def test_an_unrolled_window_loads_each_row_once() -> None:
         ("w 32 lanes", "32 lanes of float are no vector of up to 64 bytes"),
         ("w 3 lanes", "3 lanes of float are no vector"),
         ("h 4 lanes", "the lanes step by|leaves the tensor along the lanes"),
-        ("t 16 unroll | h 16 unroll | w 4 unroll", "is too large"),
+        ("t 16 unroll | h 16 unroll | w 16 unroll", "is too large"),
         ("w 16 lanes", "leaves the tensor along the lanes; stage I"),
     ],
 )
@@ -216,6 +216,6 @@ def test_ranked_schedules_are_distinct_ordered_and_printable() -> None:
     space = Space(found, "cpp", threads=2)
     ranked = space.ranked(12, random.Random(0))
     costs = [space.cost(s) for s in ranked]
-    assert len(set(ranked)) == len(ranked) > 3 and costs == sorted(costs)
+    assert len(set(ranked)) == len(ranked) > 1 and costs == sorted(costs)
     assert space.default() == ranked[0] and ranked == space.ranked(12, random.Random(1))
     assert all(show(found, s, "cpp") for s in ranked)
