@@ -137,13 +137,7 @@ def test_defaults_on_a_gpu_are_the_published_network() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [[], ["--channels-last"]])
-def test_whole_run(
-    layout: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # main() sets it; this sets it back
+def test_whole_run(layout: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "plot.png"
     options = ["--batch", "4", "--steps", "3", "--lr", "1e-4", "--tune", "none", "--control"]
     runs = resnext3d.main([*TINY, *options, "--plot", str(picture), *layout])
