@@ -151,6 +151,8 @@ def covered(
     """Whether a call is one that our kernels do: grouped, floating point, not empty, and without fault."""
     if groups < 2 or input.dim() != 5 or weight.dim() != 5 or input.dtype not in DTYPES:
         return False
+    if not len(stride) == len(padding) == len(dilation) == 3:
+        return False  # PyTorch takes one number for all three dimensions, or says what is wrong
     filters = weight.shape[0]
     others = [weight, *(x for x in (bias, grad_output) if x is not None)]
     if any(x.dtype != input.dtype or x.device != input.device for x in others):

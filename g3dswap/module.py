@@ -149,6 +149,8 @@ class Grouped3D(nn.Conv3d):
 def _checked(tune: str, cache: str | os.PathLike[str] | None) -> tuple[str, str | None]:
     if tune not in TUNE:
         raise ArgumentError(f"tune={tune!r} is unknown; use one of {', '.join(TUNE)}.")
+    if cache is not None and not isinstance(cache, str | os.PathLike):
+        raise ArgumentError(f"cache={cache!r} is no directory; give a path, or None for the default cache.")
     return tune, None if cache is None else os.fspath(cache)
 
 

@@ -470,3 +470,8 @@ def test_meta_device_and_to_empty() -> None:
     ours = Grouped3D(4, 4, 3, groups=2, device="meta")
     assert ours(torch.randn(2, 4, 5, 5, 5, device="meta")).shape == (2, 4, 3, 3, 3)
     assert ours.to_empty(device="cpu").weight.device.type == "cpu"
+
+
+def test_a_cache_that_is_no_path_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="cache=5 is no directory; give a path, or None for the default"):
+        Grouped3D(4, 4, 1, groups=4, cache=5)  # type: ignore[arg-type]

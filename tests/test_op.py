@@ -442,3 +442,11 @@ def test_fake_batch_stays_symbolic(kernels: Recorder) -> None:
         assert isinstance(out.shape[0], torch.SymInt) and out.shape[1:] == expected.shape[1:]
         assert out.stride() == expected.stride() and grads[0].stride() == fake.stride()
         assert not env.guards, [str(guard.expr) for guard in env.guards]
+
+
+def test_one_number_serves_all_three_dimensions_as_in_pytorch() -> None:
+    x, w = torch.randn(1, 4, 5, 5, 5), torch.randn(4, 1, 3, 3, 3)
+    out = torch.ops.g3dswap.conv3d(x, w, None, [2], [1], [1], 4)
+    torch.testing.assert_close(out, torch.conv3d(x, w, None, [2], [1], [1], 4))
+    with pytest.raises(RuntimeError):
+        torch.ops.g3dswap.conv3d(x, w, None, [2, 2], [1], [1], 4)
