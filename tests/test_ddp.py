@@ -48,7 +48,7 @@ def _rank(rank: int, directory: str, results: Any) -> None:
     fast = g3dswap.convert(
         network(), (torch.randn(2, 1, 4, 9, 9),), tune="quick", min_speedup=1e-6, progress=False
     )
-    layer = fast[1]
+    layer = fast.get_submodule("1")
     assert isinstance(layer, g3dswap.Grouped3D)
     losses = train(nn.parallel.DistributedDataParallel(fast), rank, 2)
     chosen = {
