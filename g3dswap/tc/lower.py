@@ -77,31 +77,29 @@ def lower(
             tuple(tensors),
             axes,
             output,
-            tuple(access(ref) for ref in _product(first.value, first)),
+            tuple(access(ref) for ref in _product(first)),
             tuple(access(ref) for statement in rest for ref in _addends(statement, first.target)),
             precision=precision,
         ).unscheduled()
     )
 
 
-def _product(expr: Expr, statement: Statement) -> list[Ref]:
+def _operands(expr: Expr, op: str, statement: Statement, rule: str) -> list[Ref]:
+    """The tensors that `op` joins, from left to right."""
     if isinstance(expr, Ref):
         return [expr]
-    if isinstance(expr, Binary) and expr.op == "*":
-        return _product(expr.left, statement) + _product(expr.right, statement)
-    raise NotationError(f"'{expr}' in '{statement}' is not a product of tensors; a nest contracts a product.")
+    if isinstance(expr, Binary) and expr.op == op:
+        return _operands(expr.left, op, statement, rule) + _operands(expr.right, op, statement, rule)
+    raise NotationError(f"'{expr}' in '{statement}' is not {rule}.")
 
 
-def _sum(expr: Expr, statement: Statement) -> list[Ref]:
-    if isinstance(expr, Ref):
-        return [expr]
-    if isinstance(expr, Binary) and expr.op == "+":
-        return _sum(expr.left, statement) + _sum(expr.right, statement)
-    raise NotationError(f"'{expr}' in '{statement}' is not a sum of tensors; an epilogue adds to the result.")
+def _product(statement: Statement) -> list[Ref]:
+    return _operands(statement.value, "*", statement, "a product of tensors; a nest contracts a product")
 
 
 def _addends(statement: Statement, target: Ref) -> list[Ref]:
-    refs = _sum(statement.value, statement)
+    rule = "a sum of tensors; an epilogue adds to the result"
+    refs = _operands(statement.value, "+", statement, rule)
     if (
         statement.target != target
         or statement.op == "+=!"

@@ -6,7 +6,6 @@ Triton's interpreter, slowly; this is how they are tested without a GPU.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 import os
@@ -21,7 +20,7 @@ import torch
 
 from ..errors import CompileError, NoCompilerError, ScheduleError
 from .nest import Nest
-from .objects import folder, intact, seal
+from .objects import digest, folder, intact, seal
 from .schedule import Schedule
 
 try:
@@ -63,7 +62,7 @@ def load(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Launch:
 
 def _import(source: str) -> Any:
     """The kernel of a module that is written to, and read back from, the folder of compiled objects."""
-    name = hashlib.sha256("\0".join([source, version()]).encode()).hexdigest()[:32]
+    name = digest(source, version())
     path = folder() / f"{name}.py"
     if not intact(path):
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:

@@ -111,7 +111,7 @@ class Space:
             a, b = b, a
         theirs = {(d.axis, d.bind): d.count for d in b.digits if d.bind == "unroll" and not d.phase}
         digits = tuple(
-            type(d)(d.axis, theirs.get((d.axis, d.bind), d.count), d.bind)
+            Digit(d.axis, theirs.get((d.axis, d.bind), d.count), d.bind)
             if d.bind == "unroll" and not d.phase and rng.random() < 0.5
             else d
             for d in a.digits

@@ -58,6 +58,11 @@ class Point:
         return cls(parts, lanes.count or 1 if lanes else 1, order, grid, tile, schedule.stage)
 
 
+def reduces(nest: Nest, name: str) -> bool:
+    """Whether an axis, or one that is to be flattened and not yet is, is a reduction."""
+    return nest.is_reduce(name.split("*")[0])
+
+
 def phases(nest: Nest) -> dict[str, int]:
     """The parallel axes that an exact division splits into phases, with their numbers."""
     found: dict[str, int] = {}
@@ -105,7 +110,7 @@ def orders(nest: Nest, lanes: tuple[str, ...]) -> list[tuple[tuple[str, ...], in
     extents = {
         n: math.prod(nest.extent(a) or 0 for a in (lanes if n == fused_name(lanes) else (n,))) for n in names
     }
-    parallel = [n for n in names if not nest.is_reduce(n.split("*")[0])]
+    parallel = [n for n in names if not reduces(nest, n)]
     reduce = [n for n in names if n not in parallel]
     # The channel axes come first in every tensor of the product, so the second of them is the one
     # that may go inside the image's loops, where one staged image serves all of its steps.
@@ -202,7 +207,7 @@ def evaluate(nest: Nest, point: Point, threads: int) -> float | None:
     """Model seconds, None for an illegal point or one beyond the limits of the target."""
     split = math.prod(phases(nest).values())
     terms = split * math.prod(c for _, c in point.tile)
-    accumulators = split * math.prod(c for a, c in point.tile if not nest.is_reduce(a.split("*")[0]))
+    accumulators = split * math.prod(c for a, c in point.tile if not reduces(nest, a))
     if terms > MAX_TERMS or accumulators > max(MAX_ACCUMULATORS, split):
         return None
     try:
@@ -218,7 +223,7 @@ def _with_tile(point: Point, axis: str, count: int) -> Point:
 
 
 def _parallel(nest: Nest, point: Point) -> int:
-    return sum(not nest.is_reduce(a.split("*")[0]) for a in point.order)
+    return sum(not reduces(nest, a) for a in point.order)
 
 
 def _with_stages(nest: Nest, point: Point) -> list[Point]:
@@ -304,7 +309,7 @@ def random_point(nest: Nest, rng: random.Random) -> Point:
     lanes = rng.choice([*lane_axes(nest), (nest.axes[-1].name,)])
     width = rng.choice([1, 2, 4, 8, width_of(nest, lanes)])
     order, grid = rng.choice(orders(nest, lanes))
-    parallel = sum(not nest.is_reduce(a.split("*")[0]) for a in order)
+    parallel = sum(not reduces(nest, a) for a in order)
     head, tail = list(order[grid:parallel]), list(order[parallel:])
     rng.shuffle(head)
     rng.shuffle(tail)

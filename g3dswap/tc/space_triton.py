@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from .nest import Nest
 from .schedule import Digit, Schedule, fused_name
-from .space_cpp import SIDE, lane_axes, phases, shares
+from .space_cpp import SIDE, lane_axes, phases, reduces, shares
 
 MAX_TERMS = 160
 MAX_ELEMENTS = 8192
@@ -40,7 +40,7 @@ class Point:
         names = list(
             dict.fromkeys(next((n for n, p in fused.items() if a.name in p), a.name) for a in nest.axes)
         )
-        grid = [n for n in names if not _reduces(nest, n) or n in self.split]
+        grid = [n for n in names if not reduces(nest, n) or n in self.split]
         serial = [n for n in names if n not in grid]
         digits = [Digit(n, None, "grid") for n in grid] + [Digit(n, None, "serial") for n in serial]
         digits += [Digit(a, c, "unroll") for a, c in self.tile if c > 1]
@@ -63,10 +63,6 @@ class Point:
         tile = tuple((d.axis, d.count or 1) for d in schedule.digits if d.bind == "unroll" and not d.phase)
         grid = tuple(d.axis for d in schedule.digits if d.bind == "grid")
         return cls(lanes, tile, grid, schedule.hint("warps", 4))
-
-
-def _reduces(nest: Nest, name: str) -> bool:
-    return nest.is_reduce(name.split("*")[0])
 
 
 def _power(extent: int, most: int) -> int:
@@ -165,7 +161,7 @@ def splits(
         batch = any(nest.extent(a) is None for a in axes)
         extent = math.prod(nest.extent(a) or 1 for a in axes if nest.extent(a) is not None)
         steps = -(-extent // (width * counts.get(name, 1)))
-        if not _reduces(nest, name):
+        if not reduces(nest, name):
             programs *= steps
         elif batch or steps > SIDE:
             reductions.append((batch, steps, name))
@@ -189,7 +185,7 @@ def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
         return replace(point, tile=rng.choice(tiles(nest, point.lanes)))
     if choice == 2:
         reductions = [
-            d.axis for d in point.schedule(nest).digits if d.count is None and _reduces(nest, d.axis)
+            d.axis for d in point.schedule(nest).digits if d.count is None and reduces(nest, d.axis)
         ]
         if reductions:
             name = rng.choice(reductions)
