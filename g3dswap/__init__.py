@@ -6,7 +6,7 @@ layers replaced by `Grouped3D`; ``g3dswap.report(model)`` says what was done, an
 
 from __future__ import annotations
 
-from .convert import convert, inspect, revert
+from .convert import convert, inspect, revert, use_plan
 from .module import Grouped3D
 from .plan import save_plan
 from .report import Report, report
@@ -23,5 +23,6 @@ __all__ = [
     "report",
     "revert",
     "save_plan",
+    "use_plan",
     "verify",
 ]

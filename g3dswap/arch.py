@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from g3dswap.checkpoint import Checkpoint
+from g3dswap.checkpoint import Checkpoint, is_same_tensor
 from g3dswap.errors import ArgumentError, ConvertError
 
 DTYPES = {
@@ -206,6 +206,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
         problems = re.findall(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]", str(error))
         if not problems:
             raise ConvertError(f"{checkpoint.path} does not load: {describe(error)}.") from error
+    # Of tied weights a file may have one only.
+    loaded = wanted.keys() - set(missing)
+    missing = [k for k in missing if not any(is_same_tensor(wanted[k], wanted[other]) for other in loaded)]
     parts = []
     if missing:
         parts.append(f"lacks {_counted(missing)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import g3dswap
-from g3dswap import checkpoint, containers
+from g3dswap import checkpoint, containers, program
 from g3dswap.bench.command import bench
 from g3dswap.cache_commands import cache
 from g3dswap.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ from g3dswap.options import (
     Commands,
     Shape,
     Source,
+    Stored,
     cache_option,
     clean_stdout,
     emit,
@@ -32,6 +34,8 @@ from g3dswap.options import (
     source_options,
     tuning_options,
 )
+from g3dswap.program import Program
+from g3dswap.report import Report
 from g3dswap.show_commands import env, show
 
 
@@ -40,8 +44,8 @@ from g3dswap.show_commands import env, show
 def main() -> None:
     """Swap slow grouped and depthwise 3D convolutions of PyTorch models for tuned kernels.
 
-    Two options run code: --arch imports the module it names, and --trust unpickles a file without
-    restriction. Without them nothing in a checkpoint is executed.
+    Three options run code: --arch imports the module it names, --safe-global that of the class it names, and
+    --trust unpickles a file without restriction. Without them nothing in a checkpoint is executed.
     """
 
 
@@ -60,13 +64,20 @@ def inspect(file: Path | None, source: Source, cache: Path | None, as_json: bool
     Without --arch, list what the weights in FILE tell.
     """
     stored = source.read(file) if file else None
-    if stored and not source.arch and stored.module is None:
+    if isinstance(stored, Checkpoint) and not source.arch and not (stored.module or stored.bundle):
         _list_weights(stored, as_json)
         return
     with clean_stdout():
         model, _ = source.model(stored)
-        report = g3dswap.inspect(model, source.example_inputs(model), cache=cache)
+        report = _completed(stored, g3dswap.inspect(model, source.example_inputs(model), cache=cache))
     emit(report.to_dict(), str(report), as_json)
+
+
+def _completed(stored: Stored | None, report: Report) -> Report:
+    """With the convolutions of a program that no layer stands for."""
+    if isinstance(stored, Program):
+        return replace(report, skipped=[*report.skipped, *stored.skipped])
+    return report
 
 
 def _list_weights(stored: Checkpoint, as_json: bool) -> None:
@@ -121,10 +132,12 @@ def convert(
     plan = output.with_suffix(".plan.json")
     for path in (output, plan):
         containers.check_output(path, force=force)
-    if not source.inputs and (verify == "model" or not tuning["plan"]):
-        raise click.UsageError("Kernels are tuned for shapes: give the model's with --input, or a --plan.")
     stored = source.read(file)
-    if stored.module is not None and source.dtype:
+    if not source.has_shapes(stored) and (verify == "model" or not tuning["plan"]):
+        raise click.UsageError("Kernels are tuned for shapes: give the model's with --input, or a --plan.")
+    if isinstance(stored, Program) and verify == "model":
+        raise click.UsageError("A program is not run while it is converted: use g3dswap verify afterwards.")
+    if isinstance(stored, Checkpoint) and stored.module is not None and source.dtype:
         raise ArgumentError(f"{file} holds a whole module, which --dtype would change; leave --dtype out.")
     with clean_stdout():
         model, fitted = source.model(stored)
@@ -134,18 +147,21 @@ def convert(
         fast = g3dswap.convert(model, inputs, **options)
         if verify == "model":
             g3dswap.verify(model, fast, inputs).check()
-    report = g3dswap.report(fast)
+    report = _completed(stored, g3dswap.report(fast))
     _write_both(output, plan, fitted or stored, fast.to("cpu"), force)
     data = {**report.to_dict(), "output": str(output), "plan": str(plan)}
     emit(data, f"{report}\nWrote {output} and {plan}.", as_json)
 
 
-def _write_both(output: Path, plan: Path, stored: Checkpoint, fast: nn.Module, force: bool) -> None:
+def _write_both(output: Path, plan: Path, stored: Stored, fast: nn.Module, force: bool) -> None:
     """The plan first, since it is small; if the checkpoint then fails, the plan is as it was before."""
     previous = plan.read_bytes() if plan.exists() else None
     g3dswap.save_plan(fast, plan)
     try:
-        checkpoint.write(output, stored, fast, force=force)
+        if isinstance(stored, Program):
+            stored.write(output, fast, force=force)
+        else:
+            checkpoint.write(output, stored, fast, force=force)
     except BaseException:
         if previous is None:
             plan.unlink()
@@ -171,12 +187,13 @@ def tune(
     """
     if shape and (file or source.arch):
         raise click.UsageError(NOT_BOTH)
-    if not shape and not source.inputs:
+    stored = source.read(file) if file else None
+    if not shape and not source.has_shapes(stored):
         raise click.UsageError("Kernels are tuned for shapes: give the model's with --input.")
     with clean_stdout():
         if shape:
             source = shape.source(source)
-        model = shape.model(source) if shape else source.model(source.read(file) if file else None)[0]
+        model = shape.model(source) if shape else source.model(stored)[0]
         fast = g3dswap.convert(model, source.example_inputs(model), inplace=True, **tuning)
     report = g3dswap.report(fast)
     emit(report.to_dict(), str(report), as_json)
@@ -193,15 +210,30 @@ def verify(original: Path, converted: Path, source: Source, tuning: dict[str, An
 
     The choices come from the plan beside CONVERTED, if there is one. Exit code 3: they differ.
     """
-    if not source.inputs:
-        raise click.UsageError("Outputs are compared on inputs: give their shapes with --input.")
+    stored = [source.read(file) for file in (original, converted)]
     beside = converted.with_suffix(".plan.json")
     if tuning["plan"] is None and beside.exists():
         tuning["plan"] = beside
+    if all(isinstance(item, Program) for item in stored):
+        _verify_programs(original, converted, source.trust, tuning["plan"], as_json)
+        return
+    if not source.inputs:
+        raise click.UsageError("Outputs are compared on inputs: give their shapes with --input.")
     with clean_stdout():
-        before, after = (source.model(source.read(file))[0] for file in (original, converted))
+        before, after = (source.model(item)[0] for item in stored)
         inputs = source.example_inputs(before)
         after = g3dswap.convert(after, inputs, inplace=True, verify=False, **tuning)
         verification = g3dswap.verify(before, after, inputs)
+    emit(verification.to_dict(), str(verification), as_json)
+    verification.check()
+
+
+def _verify_programs(original: Path, converted: Path, trust: bool, plan: Path | None, as_json: bool) -> None:
+    """Compare what two programs compute on the inputs that the first was exported on."""
+    before, arguments, keywords = program.load(original, trust=trust)
+    after, _, _ = program.load(converted, trust=trust)
+    if plan:
+        g3dswap.use_plan(plan)
+    verification = g3dswap.verify(before, after, arguments, example_kwargs=keywords)
     emit(verification.to_dict(), str(verification), as_json)
     verification.check()

@@ -1,63 +1,68 @@
-"""The files that checkpoints come in: what a file is, by its content, and getting it in and out whole.
+"""Getting tensors into and out of files, whole.
 
-Nothing here looks at what the loaded objects mean; that is checkpoint.py.
+What a file is, says sniff.py; what the loaded objects mean, checkpoint.py.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import re
 import secrets
 import stat
-import zipfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import ArgumentError, CheckpointError
+from .sniff import Container
 
-Container = Literal["zip", "legacy", "safetensors"]
+_NEVER = ("builtins", "importlib", "nt", "os", "posix", "pty", "runpy", "shutil", "subprocess", "sys")
+"""Modules whose functions a pickle may not call, short of trusting all of it."""
+_SHOWN = 12  # so many names are listed in a message
 
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6: a pickled number
-_SAFETENSORS_HEADER_LIMIT = 100_000_000  # the format's own limit, in bytes
 
+def load(
+    path: Path,
+    container: Container,
+    *,
+    trust: bool = False,
+    safe_globals: Sequence[str] = (),
+    label: str | None = None,
+) -> tuple[Any, dict[str, str] | None]:
+    """All that a file holds, and its safetensors metadata.
 
-def load(path: Path, *, trust: bool) -> tuple[Container, Any, dict[str, str] | None]:
-    """What a checkpoint file is, all it holds, and its safetensors metadata. Raises CheckpointError."""
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        what = "a directory" if path.is_dir() else "no regular file"
-        raise CheckpointError(f"{path} is {what}; give one checkpoint file.")
-    try:
-        with open(path, "rb") as file:
-            container = _sniff(path, file)
-            file.seek(0)
-            if container == "safetensors":
-                return container, *_load_safetensors(path)
-            return container, (_load_trusted if trust else _load_safely)(path, file), None
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; give the path of a checkpoint file.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
+    ``safe_globals`` are names of classes and functions, such as ``argparse.Namespace``, that may be used to
+    load it beside what is always safe. ``label`` is what messages call the file. Raises CheckpointError and
+    OSError.
+    """
+    label = label or str(path)
+    if container == "safetensors":
+        return _load_safetensors(path, label)
+    with open(path, "rb") as file:
+        return _load_trusted(label, file) if trust else _load_safely(label, file, safe_globals), None
 
 
 def save(
     path: Path, container: Container, payload: Any, metadata: dict[str, str] | None, *, force: bool
 ) -> None:
     """Write ``payload`` in the given container: whole or not at all. Raises CheckpointError."""
+    atomic_write(path, lambda file: dump(file, container, payload, metadata), force=force)
 
-    def fill(file: IO[bytes]) -> None:
-        if container == "safetensors":
-            file.write(safetensors.torch.save(payload, metadata=metadata))
-        else:
-            torch.save(payload, file, _use_new_zipfile_serialization=container == "zip")
 
-    atomic_write(path, fill, force=force)
+def dump(file: IO[bytes], container: Container, payload: Any, metadata: dict[str, str] | None) -> None:
+    """Write ``payload`` in the given container to an open file."""
+    if container == "safetensors":
+        file.write(safetensors.torch.save(payload, metadata=metadata))
+    else:
+        torch.save(payload, file, _use_new_zipfile_serialization=container == "zip")
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
@@ -131,123 +136,111 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-# What kind of file it is.
-
-
-def _sniff(path: Path, file: IO[bytes]) -> Container:
-    """The container, by content; files that are something else are named in the error."""
-    head = file.read(4096)
-    size = os.fstat(file.fileno()).st_size
-    if not head:
-        raise CheckpointError(f"{path} is empty; copy or download it again.")
-    if head.startswith(b"PK\x03\x04"):
-        return _sniff_zip(path, file)
-    if head.startswith(_LEGACY_MAGIC):
-        return "legacy"
-    header = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and header <= _SAFETENSORS_HEADER_LIMIT:
-        if size < 8 + header:
-            raise CheckpointError(f"{path} is a truncated safetensors file; copy or download it again.")
-        return "safetensors"
-    raise CheckpointError(f"{path} is {_describe(head)}.")
-
-
-def _sniff_zip(path: Path, file: IO[bytes]) -> Container:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = {name.partition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        raise CheckpointError(
-            f"{path} is truncated or damaged (a zip archive without its end); copy or download it again."
-        ) from None
-    if "constants.pkl" in names:
-        raise CheckpointError(
-            f"{path} is a TorchScript archive, whose layers cannot be replaced; "
-            "save the state_dict of the Python model instead."
-        )
-    if names & {"archive_format", "models/model.json", "serialized_exported_program.json"}:
-        raise CheckpointError(
-            f"{path} is a torch.export program, whose layers cannot be replaced; "
-            "save the state_dict of the Python model instead."
-        )
-    if "data.pkl" not in names:
-        raise CheckpointError(
-            f"{path} is a zip archive that torch.save did not write; give the checkpoint file itself."
-        )
-    return "zip"
-
-
-def _describe(head: bytes) -> str:
-    """What a file that is no checkpoint seems to be, and what to do."""
-    if head[:1] == b"\x80":
-        return "a pickle that torch.save did not write, which is never loaded; use torch.save instead"
-    if head.startswith(b"\x89HDF"):
-        return "an HDF5 file; save the state_dict with torch.save or safetensors"
-    if head.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"(\xb5/\xfd")):
-        return "compressed; decompress it first"
-    if head[257:262] == b"ustar":
-        return "a tar archive; give the checkpoint file inside it"
-    if b"\0" not in head:
-        text = head.decode("utf-8", "ignore").lstrip().lower()
-        if text.startswith(("<!doctype html", "<html")):
-            return "an HTML page, often what a download got instead of the file; download it again"
-        if text.startswith("version https://git-lfs"):
-            return "a Git LFS pointer; run `git lfs pull` to get the file itself"
-        if len(text) > len(head) // 2:
-            return "a text file; give a file that torch.save or safetensors wrote"
-    return "no checkpoint that torch.save or safetensors wrote; give such a file"
-
-
 # Loading.
 
 
-def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+def _load_safetensors(path: Path, label: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+    except OSError:
+        raise
+    except Exception as error:  # a dtype that this PyTorch lacks, a shape that overflows, ...
         raise CheckpointError(
-            f"{path} is a truncated or damaged safetensors file ({_first_line(error)}); "
+            f"{label} is a truncated or damaged safetensors file ({_first_line(error)}); "
             "copy or download it again."
         ) from None
 
 
-def _load_safely(path: Path, file: IO[bytes]) -> Any:
+def _load_safely(label: str, file: IO[bytes], safe_globals: Sequence[str]) -> Any:
+    allowed: list[Any] = [(_imported(name), name) for name in safe_globals]
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # the restricted unpickler raises whatever a damaged byte leads to
         # PyTorch's wording for what its restricted unpickler refuses.
-        found = re.search(r"(?:GLOBAL|but got|unrecognized function) (\S+)", str(error))
+        found = re.search(
+            r"(?:GLOBAL|but got|unrecognized function|Trying to load) ([\w.]+\.\w+)", str(error)
+        )
         if isinstance(error, pickle.UnpicklingError) and found:
-            raise CheckpointError(
-                f"{path} holds the pickled object {found[1]}, and unpickling it can run any code; "
-                "pass --trust (trust=True) only if you trust where the file comes from."
-            ) from None
-        raise _damaged(path, error) from None
+            raise CheckpointError(_refusal(label, _unsafe(file, allowed) or [found[1]])) from None
+        raise _damaged(label, error) from None
 
 
-def _load_trusted(path: Path, file: IO[bytes]) -> Any:
+def _unsafe(file: IO[bytes], allowed: list[Any]) -> list[str]:
+    """Every name that the pickle in a file refers to and that is not safe; none where PyTorch cannot say."""
+    file.seek(0)
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:  # a file of the old format, or a damaged one: the first name is known all the same
+        return []
+
+
+def _refusal(label: str, names: list[str]) -> str:
+    if any(name.startswith("torch.distributed.") for name in names):
+        return (
+            f"{label} is one rank's part of a sharded model; gather its weights (FSDP: FULL_STATE_DICT, or "
+            "get_model_state_dict of torch.distributed.checkpoint with full_state_dict=True) and save those."
+        )
+    shown = ", ".join(names[:_SHOWN]) + (f", ... and {len(names) - _SHOWN} more" if names[_SHOWN:] else "")
+    what, it = ("pickled object", "it") if len(names) == 1 else ("pickled objects", "them")
+    allow = f"allow {it} alone with --safe-global {'NAME' if names[1:] else names[0]}"
+    allow += " for each, or " if names[1:] else ", or "
+    if any(name.partition(".")[0] in _NEVER for name in names):
+        allow = ""
+    return (
+        f"{label} holds the {what} {shown}, and unpickling {it} can run any code; "
+        f"{allow}pass --trust (trust=True) only if you trust where the file comes from."
+    )
+
+
+def _imported(name: str) -> Any:
+    """The class or function of a qualified name; imports its module."""
+    parts = name.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise ArgumentError(f"--safe-global {name!r} is no qualified name; write one such as pkg.mod.Class.")
+    if parts[0] in _NEVER:
+        raise ArgumentError(
+            f"--safe-global {name} could do anything that you can; use --trust if you trust the file."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy.core, say, is a deprecated name in files that are not old
+        for cut in range(len(parts) - 1, 0, -1):
+            try:
+                value: Any = importlib.import_module(".".join(parts[:cut]))
+                for part in parts[cut:]:
+                    value = getattr(value, part)
+                return value
+            except (ImportError, AttributeError):
+                continue
+    raise ArgumentError(
+        f"--safe-global {name} cannot be imported; run this where it can, or check the spelling."
+    )
+
+
+def _load_trusted(label: str, file: IO[bytes]) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} needs code that is not here ({_first_line(error)}); "
+            f"{label} needs code that is not here ({_first_line(error)}); "
             "run this where the classes of its objects can be imported."
         ) from error
     except OSError:
         raise
     except Exception as error:  # the file's own code may raise anything
-        raise _damaged(path, error) from error
+        raise _damaged(label, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def _damaged(label: str, error: Exception) -> CheckpointError:
     reason = (
         "" if isinstance(error, pickle.UnpicklingError) else f": {_first_line(error)}"
     )  # a page of advice
     return CheckpointError(
-        f"{path} is truncated or damaged ({type(error).__name__}{reason}); copy or download it again."
+        f"{label} is truncated or damaged ({type(error).__name__}{reason}); copy or download it again."
     )
 
 

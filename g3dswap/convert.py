@@ -276,6 +276,18 @@ def _peeked(site: Site, meetings: Sequence[Meeting], chooser: Chooser) -> Decisi
     return Decision(site, Swapped(site.name, layer, calls, site.aliases))
 
 
+def use_plan(path: str | Path) -> None:
+    """Let the choices of a plan file decide in this process, for programs loaded with ``torch.export.load``.
+
+    Their operators ask for a choice at the first call of a shape. ``convert(model, plan=path)`` does the same
+    for the layers that it swaps.
+
+    Raises:
+        PlanError: the plan cannot be read.
+    """
+    _install(read_plan(path))
+
+
 def _install(planned: Plan) -> None:
     """Let the plan decide, unless its times are those of another machine."""
     foreign = planned.foreign()

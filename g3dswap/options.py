@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from g3dswap import checkpoint
+from g3dswap import checkpoint, program
 from g3dswap.arch import DTYPES as DTYPE_NAMES
 from g3dswap.arch import (
     Input,
@@ -35,8 +35,11 @@ from g3dswap.arch import (
 from g3dswap.checkpoint import Checkpoint
 from g3dswap.errors import ArgumentError, G3DSwapError, G3DSwapWarning, VerificationError
 from g3dswap.problem import DTYPES, LAYOUTS, Geometry
+from g3dswap.program import Layers, Program
 
 Command = Callable[..., Any]
+
+Stored = Checkpoint | Program
 
 EXIT_CODES = """
 \b
@@ -115,25 +118,45 @@ class Source:
     layout: str
     key: str | None
     trust: bool
+    safe_globals: tuple[str, ...] = ()
 
-    def read(self, file: Path) -> Checkpoint:
-        """Read a checkpoint file."""
-        if self.trust:
+    def read(self, file: Path) -> Stored:
+        """Read a checkpoint, or a program, which brings all that the other options would say."""
+        if checkpoint.kind(file) == "program":
+            if self.arch or self.inputs or self.dtype or self.layout != "contiguous":
+                raise ArgumentError(
+                    f"{file} is a torch.export program, which has its shapes and dtypes in it; leave --arch, "
+                    "--input, --dtype and --layout out."
+                )
+            return program.read(file)
+        if self.trust or self.safe_globals:
             allow_local_imports()  # a pickled module may be of a class of the user's own
-        return checkpoint.read(file, key=self.key, trust=self.trust)
+        return checkpoint.read(file, key=self.key, trust=self.trust, safe_globals=self.safe_globals)
 
-    def model(self, stored: Checkpoint | None) -> tuple[nn.Module, Checkpoint | None]:
+    def has_shapes(self, stored: Stored | None) -> bool:
+        """It is known what inputs the model meets."""
+        return bool(self.inputs) or isinstance(stored, Program)
+
+    def model(self, stored: Stored | None) -> tuple[nn.Module, Stored | None]:
         """The model with the weights that were read, on its device; and those with the fitting prefix."""
+        if isinstance(stored, Program):
+            return Layers(stored), stored
         if stored and stored.module is not None:
             if self.arch:
                 raise ArgumentError(f"{stored.path} holds a whole module; leave --arch out.")
             return self.place(stored.module), stored
-        if not self.arch:
+        if not self.arch and not (stored and stored.bundle):
             what = f"{stored.path} holds weights only" if stored else "There is no model"
             raise ArgumentError(f"{what}; name the function that builds it with --arch pkg.mod:factory.")
-        model = build(self.arch, self.arch_kwargs or {})
+        model = self._built(stored)
         fitted = load_weights(model, stored) if stored else None
         return self.place(model), fitted
+
+    def _built(self, stored: Checkpoint | None) -> nn.Module:
+        if self.arch:
+            return build(self.arch, self.arch_kwargs or {})
+        assert stored is not None and stored.bundle is not None  # or there is no model
+        return stored.bundle.network(trust=self.trust)
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device, dtype and layout."""
@@ -146,6 +169,8 @@ class Source:
 
     def example_inputs(self, model: nn.Module) -> tuple[Tensor, ...] | None:
         """Inputs as --input says, in the dtype of the model."""
+        if isinstance(model, Layers):
+            return model.inputs()
         floats = (t.dtype for t in model.parameters() if t.is_floating_point())
         dtype = self.dtype or next(floats, torch.float32)
         return make_inputs(self.inputs, dtype, self.device, LAYOUTS[self.layout]) if self.inputs else None
@@ -204,6 +229,7 @@ def _source(values: dict[str, Any]) -> Source:
         layout=values.pop("layout"),
         key=values.pop("key"),
         trust=values.pop("trust"),
+        safe_globals=values.pop("safe_global"),
     )
 
 
@@ -279,6 +305,12 @@ source_options = _gathered(
         click.option("--key", help="Entry of the file that holds the weights, dotted for deeper ones."),
         click.option(
             "--trust", is_flag=True, help="Unpickle the file without restriction, which runs any code in it."
+        ),
+        click.option(
+            "--safe-global",
+            multiple=True,
+            metavar="PKG.CLASS",
+            help="Let the file use this class or function too, whose module is imported; may be repeated.",
         ),
     ],
     "source",

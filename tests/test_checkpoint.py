@@ -353,7 +353,9 @@ def test_other_files(tmp_path: Path, content: bytes, message: str) -> None:
 def test_no_file_and_directories(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none") == "does not exist; give the path of a checkpoint file"
     (tmp_path / "folder").mkdir()
-    assert refusal(tmp_path / "folder") == "is a directory; give one checkpoint file"
+    assert refusal(tmp_path / "folder") == (
+        "is a directory; give one checkpoint file, or the folder of a MONAI bundle"
+    )
     os.mkfifo(tmp_path / "pipe")
     assert refusal(tmp_path / "pipe") == "is no regular file; give one checkpoint file"
 
@@ -366,7 +368,9 @@ def test_programs(tmp_path: Path) -> None:
     remedy = "whose layers cannot be replaced; save the state_dict of the Python model instead"
     for options in ({}, {"trust": True}):
         assert refusal(tmp_path / "script", **options) == f"is a TorchScript archive, {remedy}"
-        assert refusal(tmp_path / "export.pt2", **options) == f"is a torch.export program, {remedy}"
+        assert refusal(tmp_path / "export.pt2", **options) == (
+            "is a torch.export program, no checkpoint; convert it with g3dswap convert"
+        )
 
 
 # Trust
@@ -402,7 +406,15 @@ def test_whole_modules_need_trust(tmp_path: Path, key: str | None) -> None:
     model = nn.Sequential(nn.Conv3d(4, 4, 3, groups=4), nn.ReLU())
     others = {"epoch": 3, "history": torch.tensor([float("nan")])}
     torch.save({key: model, **others} if key else model, tmp_path / "in")
-    assert "holds the pickled object torch.nn.modules.container.Sequential" in refusal(tmp_path / "in")
+    names = [
+        f"torch.nn.modules.{name}" for name in ("activation.ReLU", "container.Sequential", "conv.Conv3d")
+    ]
+    assert refusal(tmp_path / "in").startswith(
+        f"holds the pickled objects {', '.join(names)}, and unpickling"
+    )
+    narrow = checkpoint.read(tmp_path / "in", safe_globals=names)
+    assert isinstance(narrow.module, nn.Sequential)
+    assert bits(narrow.state_dict) == bits(model.state_dict())
     read = checkpoint.read(tmp_path / "in", trust=True)
     assert isinstance(read.module, nn.Sequential)
     assert bits(read.state_dict) == bits(model.state_dict())

@@ -284,7 +284,7 @@ COMMAND_LINE = [
     ),
     of_file(
         "folder.pth",
-        "is a directory; give one checkpoint file",
+        "is a directory; give one checkpoint file, or the folder of a MONAI bundle",
     ),
     of_file(
         "empty.pth",
@@ -316,7 +316,8 @@ COMMAND_LINE = [
     ),
     of_file(
         "export.pt2",
-        f"is a torch.export program, {NO_LAYERS}",
+        "is a torch.export program, which has its shapes and dtypes in it; leave --arch, --input, --dtype "
+        "and --layout out",
     ),
     of_file(
         "evil.pth",
@@ -333,7 +334,43 @@ COMMAND_LINE = [
     ),
     of_file(
         "whole.pth",
-        f"holds the pickled object torch.nn.modules.container.Sequential, {TRUST}",
+        "holds the pickled objects torch.nn.modules.container.Sequential, torch.nn.modules.conv.Conv3d, and "
+        "unpickling them can run any code; allow them alone with --safe-global NAME for each, or pass "
+        "--trust (trust=True) only if you trust where the file comes from",
+    ),
+    of_file(
+        "whole.pth",
+        "holds the pickled object torch.nn.modules.conv.Conv3d, and unpickling it can run any code; allow it "
+        "alone with --safe-global torch.nn.modules.conv.Conv3d, or pass --trust (trust=True) only if you "
+        "trust where the file comes from",
+        "--safe-global torch.nn.modules.container.Sequential",
+    ),
+    of_file(
+        "whole.pth",
+        "holds a whole module; leave --arch out",
+        "--safe-global torch.nn.modules.container.Sequential --safe-global torch.nn.modules.conv.Conv3d",
+    ),
+    Mistake(
+        "inspect evil.pth --safe-global posix.mkdir",
+        "--safe-global posix.mkdir could do anything that you can; use --trust if you trust the file.",
+    ),
+    Mistake(
+        "inspect evil.pth --safe-global nets.Missing",
+        "--safe-global nets.Missing cannot be imported; run this where it can, or check the spelling.",
+    ),
+    Mistake(
+        "inspect evil.pth --safe-global Net",
+        "--safe-global 'Net' is no qualified name; write one such as pkg.mod.Class.",
+    ),
+    Mistake(
+        "convert export.pt2 -o fast.pt2 --verify model",
+        "A program is not run while it is converted: use g3dswap verify afterwards.",
+        2,
+    ),
+    Mistake(
+        "verify export.pt2 export.pt2",
+        "export.pt2 has to be loaded to be run, and torch.export.load evaluates expressions that are in it; "
+        "pass --trust (trust=True) only if you trust where the file comes from.",
     ),
     of_file(
         "whole.pth",
