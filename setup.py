@@ -16,6 +16,7 @@ TEST_REQUIREMENTS = [
     "ruff",
     # Networks that somebody else wrote, for the tests that convert real models.
     "monai",
+    "pyyaml",  # in which MONAI bundles may be written
     "pytorchvideo",
     "uniformer-pytorch",
     # Runs the printed Triton kernels on the CPU. Later interpreters reject masks made of scalar booleans,

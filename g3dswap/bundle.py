@@ -7,14 +7,17 @@ stand in it. MONAI's own parser, which evaluates expressions and imports scripts
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
+import lzma
 import os
 import secrets
 import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +60,11 @@ class Bundle:
         if self.path.is_dir():
             yield self.path
             return
-        with tempfile.TemporaryDirectory(prefix="g3dswap-") as place, _opened(self.path) as archive:
-            for entry in archive.infolist():
-                if entry.filename.startswith(self.root) and wanted(entry.filename[len(self.root) :]):
-                    archive.extract(entry, place)
+        with tempfile.TemporaryDirectory(prefix="g3dswap-") as place:
+            with _opened(self.path) as archive:
+                for entry in archive.infolist():
+                    if entry.filename.startswith(self.root) and wanted(entry.filename[len(self.root) :]):
+                        archive.extract(entry, place)
             yield Path(place, self.root)
 
     def network(self, *, trust: bool = False) -> nn.Module:
@@ -82,20 +86,20 @@ class Bundle:
             self._write_folder(check_output(path, force=force), fill)
             return
 
-        def copy(file: IO[bytes]) -> None:
-            with _opened(self.path) as old, zipfile.ZipFile(file, "w") as new:
-                for entry in old.infolist():
-                    with new.open(entry, "w", force_zip64=True) as target:
-                        if entry.filename == self.root + WEIGHTS:
-                            with tempfile.TemporaryFile() as weights:
-                                fill(weights)
-                                weights.seek(0)
+        def copy_all(file: IO[bytes]) -> None:
+            with tempfile.TemporaryFile() as weights:
+                fill(weights)
+                weights.seek(0)
+                with _opened(self.path) as old, zipfile.ZipFile(file, "w") as new:
+                    for entry in old.infolist():
+                        with new.open(copy.copy(entry), "w", force_zip64=True) as target:
+                            if entry.filename == self.root + WEIGHTS:
                                 shutil.copyfileobj(weights, target)
-                        else:
-                            with old.open(entry) as source:
-                                shutil.copyfileobj(source, target)
+                            else:
+                                with old.open(entry) as source:
+                                    shutil.copyfileobj(source, target)
 
-        atomic_write(path, copy, force=force)
+        atomic_write(path, copy_all, force=force)
 
     def _write_folder(self, path: Path, fill: Callable[[IO[bytes]], None]) -> None:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -188,9 +192,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError) as error:
-        if isinstance(error, (CheckpointError, ArgumentError, ConvertError)):
-            raise
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, ValueError, EOFError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"{path} is truncated or damaged ({first.rstrip('.')}); copy or download it again."

@@ -170,7 +170,7 @@ class Source:
     def example_inputs(self, model: nn.Module) -> tuple[Tensor, ...] | None:
         """Inputs as --input says, in the dtype of the model."""
         if isinstance(model, Layers):
-            return model.inputs()
+            return model.inputs() or None
         floats = (t.dtype for t in model.parameters() if t.is_floating_point())
         dtype = self.dtype or next(floats, torch.float32)
         return make_inputs(self.inputs, dtype, self.device, LAYOUTS[self.layout]) if self.inputs else None

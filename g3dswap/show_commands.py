@@ -71,12 +71,13 @@ def show(
     """
     if shape and (file or source.arch):
         raise click.UsageError(NOT_BOTH)
+    stored = source.read(file) if file else None
     if shape:
         dtype, device = source.dtype or torch.float32, source.device.type
         problem = pass_problem(direction, shape.geometry, dtype, source.layout, device, shape.bias)
-    elif source.inputs:
+    elif source.has_shapes(stored):
         with clean_stdout():
-            model = source.model(source.read(file) if file else None)[0]
+            model = source.model(stored)[0]
             problem = layer_problem(model, source.example_inputs(model) or (), layer, direction)
     else:
         raise click.UsageError("Say which convolution: --channels and --size, or a model's with --input.")
