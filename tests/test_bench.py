@@ -17,10 +17,13 @@ from rich.console import Console
 from torch import Tensor
 
 from g3dswap import choose, cli, workload
-from g3dswap.bench import measure, run, table
+from g3dswap.bench import markdown, measure, rounds, run, table, text
 from g3dswap.bench.layers import SHIPPED, read_layers
-from g3dswap.bench.measure import Ceilings, Check, Times, alternate
-from g3dswap.bench.results import Results, Row, summarize
+from g3dswap.bench.measure import Ceilings, Check
+from g3dswap.bench.results import Results
+from g3dswap.bench.rounds import Times, alternate
+from g3dswap.bench.rows import Row
+from g3dswap.bench.summary import summarize
 from g3dswap.errors import ArgumentError
 from g3dswap.problem import LAYOUTS, Geometry, Problem
 from tests.conftest import Golden
@@ -143,23 +146,23 @@ class Clock:
         return self.durations[name]
 
 
-def rounds(durations: dict[str, float], seconds: float) -> tuple[dict[str, Times], list[str]]:
+def in_rounds(durations: dict[str, float], seconds: float) -> tuple[dict[str, Times], list[str]]:
     clock = Clock(durations)
     times = alternate({name: clock.call(name) for name in durations}, clock, seconds)
     return times, clock.log
 
 
 def test_rounds_alternate_in_rotated_order() -> None:
-    times, log = rounds({"a": 0.1, "b": 0.1, "c": 0.1}, seconds=0.45)
+    times, log = in_rounds({"a": 0.1, "b": 0.1, "c": 0.1}, seconds=0.45)
     assert log == list("abcbcacababcbca")
     assert {name: item.runs for name, item in times.items()} == {"a": 5, "b": 5, "c": 5}
 
 
 def test_a_slow_contender_runs_seldom_and_a_fast_one_often() -> None:
-    times, log = rounds({"slow": 4.0, "middle": 0.3, "fast": 0.001}, seconds=0.5)
-    assert times["slow"].runs == measure.FEWEST
-    assert times["middle"].runs == measure.ENOUGH
-    assert times["fast"].runs == measure.MOST
+    times, log = in_rounds({"slow": 4.0, "middle": 0.3, "fast": 0.001}, seconds=0.5)
+    assert times["slow"].runs == rounds.FEWEST
+    assert times["middle"].runs == rounds.ENOUGH
+    assert times["fast"].runs == rounds.MOST
     assert log[:9].count("slow") == 3
 
 
@@ -216,7 +219,7 @@ def synthetic() -> Results:
         "statistic": "median",
         "device": {"device_name": "A CPU", "capability": "AVX2", "cores": 2, "threads": 2},
         "versions": {"torch": "2.13.0", "generator": "1", "compiler": "c++ 12", "g3dswap": "0.1.0"},
-        "settings": {"dtype": "float32", "batch": 1, "tune": "quick", "seconds": 0.5},
+        "settings": {"dtype": "float32", "batch": 1, "tune": "quick", "seconds": 0.5, "compile": False},
     }
     rows = [
         row("one", "forward", "contiguous", 1.0, 4.0, 2.0),
@@ -253,7 +256,7 @@ def test_a_kept_row_is_as_fast_as_itself() -> None:
 
 def test_markdown(golden: Golden) -> None:
     results = synthetic()
-    golden("bench.md", table.markdown(results))
+    golden("bench.md", markdown.document([results]))
 
 
 def test_terminal_tables_fit_a_hundred_columns() -> None:
@@ -275,15 +278,15 @@ def test_terminal_tables_fit_a_hundred_columns() -> None:
     with console.capture() as captured:
         for item in table.tables(results):
             console.print(item)
-    text = captured.get()
-    assert "…" not in text
-    assert "1234" in text or "1235" in text
-    assert "WRONG inf" in text
-    assert max(map(len, text.splitlines())) <= 100
+    printed = captured.get()
+    assert "…" not in printed
+    assert "1234" in printed or "1235" in printed
+    assert "WRONG inf" in printed
+    assert max(map(len, printed.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "text"),
+    ("milliseconds", "wanted"),
     [
         (1234.5, "1234"),
         (123.4, "123"),
@@ -293,8 +296,8 @@ def test_terminal_tables_fit_a_hundred_columns() -> None:
         (0.001, "0.0010"),
     ],
 )
-def test_milliseconds(milliseconds: float, text: str) -> None:
-    assert table._ms(milliseconds / 1e3) == text
+def test_milliseconds(milliseconds: float, wanted: str) -> None:
+    assert text.ms(milliseconds / 1e3) == wanted
 
 
 def test_results_survive_their_file(tmp_path: Path) -> None:
@@ -306,7 +309,9 @@ def test_results_survive_their_file(tmp_path: Path) -> None:
     assert again == results
     assert again.wrong() == [results.rows[0]]
     data = json.loads((tmp_path / "out.json").read_text())
-    assert data["rows"][1]["speedup"] == {"same": 1.0, "better": 1.0, "contiguous": 2.0}
+    assert data["rows"][1]["speedup"] == {
+        **{"same": 1.0, "better": 1.0, "contiguous": 2.0, "same_eager": None, "compiled": None}
+    }
     assert data["summary"][0]["layers"] == 2
     again.save_csv(tmp_path / "out.csv")
     lines = table_of(tmp_path / "out.csv")
@@ -325,7 +330,7 @@ def damaged(change: Callable[[Any], Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
         ("", r"is no result of g3dswap bench \(.*\); measure again\."),
         ("[]", r"is no result of g3dswap bench"),
@@ -339,8 +344,8 @@ def damaged(change: Callable[[Any], Any]) -> str:
         (damaged(lambda d: d["rows"][0]["problem"].update(direction="up")), r"direction='up' is unknown"),
     ],
 )
-def test_damaged_results(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "out.json").write_text(text)
+def test_damaged_results(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "out.json").write_text(content)
     with pytest.raises(ArgumentError, match=message):
         Results.load(tmp_path / "out.json")
 
@@ -402,16 +407,17 @@ def test_end_to_end_with_real_kernels(folder: Path) -> None:
     assert {item["source"] for item in data["rows"]} <= {"default", "native"}
     assert "default" in {item["source"] for item in data["rows"]}
     assert all(item["check"]["error"] < 1e-6 for item in data["rows"])
-    assert all(item["ours"]["runs"] >= measure.FEWEST for item in data["rows"])
+    assert all(item["ours"]["runs"] >= rounds.FEWEST for item in data["rows"])
     assert {item["problem"]["bias"] for item in data["rows"]} == {True, False}
     assert data["header"]["device"]["threads"] == 1
-    assert data["header"]["settings"] == {"dtype": "float32", "batch": 1, "tune": "none", "seconds": 0.001}
+    settings = {"dtype": "float32", "batch": 1, "tune": "none", "seconds": 0.001, "compile": False}
+    assert data["header"]["settings"] == settings
     assert len(data["summary"]) == 4
     for layout in LAYOUTS:
         for direction in ("forward", "grad_weight"):
             assert f"{direction}, {layout}" in out
     assert len(table_of(Path("out.csv"))) == 4
-    assert succeeds("bench", "--render", "out.json") == table.markdown(Results.load(Path("out.json")))
+    assert succeeds("bench", "--render", "out.json") == markdown.document([Results.load(Path("out.json"))])
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ import click
 import torch
 
 from g3dswap.arch import parse_device
-from g3dswap.bench import table
+from g3dswap.bench import markdown, table, text
 from g3dswap.bench.layers import read_layers
-from g3dswap.bench.measure import STATISTICS
 from g3dswap.bench.results import Results
+from g3dswap.bench.rounds import STATISTICS
 from g3dswap.bench.run import Settings
 from g3dswap.bench.run import bench as run_bench
 from g3dswap.choose import EFFORTS
@@ -67,10 +67,13 @@ DTYPE_NAMES = {dtype_name(dtype): dtype for dtype in DTYPES}
     help="The time of a kernel: the median of its runs, the default, or the lower quartile, for a busy "
     "machine. Also with --render and --resume, whose default is the file's.",
 )
+@click.option("--compile", is_flag=True, help="Time PyTorch's operator under torch.compile too.")
 @click.option("-o", "--output", type=PATH, help="JSON file to write, after every pass of a layer.")
 @click.option("--csv", type=PATH, help="Write the rows as CSV too.")
 @click.option("--resume", is_flag=True, help="Go on with OUTPUT: do not measure again what it has.")
-@click.option("--render", type=PATH, metavar="FILE", help="Print such a JSON file as Markdown, and stop.")
+@click.option(
+    "--render", type=PATH, multiple=True, metavar="FILE", help="Print such JSON files as Markdown, and stop."
+)
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @force_option
 def bench(
@@ -79,7 +82,7 @@ def bench(
     output: Path | None,
     csv: Path | None,
     resume: bool,
-    render: Path | None,
+    render: tuple[Path, ...],
     force: bool,
     **options: Any,
 ) -> None:
@@ -88,14 +91,14 @@ def bench(
     \b
     g3dswap bench -o cpu.json
     g3dswap bench --match 'X3D-M*' --passes forward --layout contiguous -o x3d.json
-    g3dswap bench --render cpu.json
+    g3dswap bench --render fp32.json --render bf16.json
 
     Exit code 3: a kernel's result was wrong.
     """
     if render:
-        found = Results.load(render)
-        statistic = options["statistic"] or found.header["statistic"]
-        click.echo(table.markdown(found.by(statistic)), nl=False)
+        found = [Results.load(path) for path in render]
+        statistics = [options["statistic"] or results.header["statistic"] for results in found]
+        click.echo(markdown.document([a.by(b) for a, b in zip(found, statistics)]), nl=False)
         return
     if output is None:
         raise click.UsageError("Say where the results go, with -o.")
@@ -135,12 +138,13 @@ def _settings(layers: Sequence[Any], options: dict[str, Any]) -> Settings:
         options["seconds"],
         options["statistic"],
         not options["quiet"],
+        options["compile"],
     )
 
 
 def _print(results: Results) -> None:
-    click.echo(table.headline(results))
+    click.echo(text.headline(results))
     for item in table.tables(results):
         print_table(item)
-    for text in (table.explanation(results), table.verdict(results)):
-        click.echo(textwrap.fill(text, 100))
+    for words in (text.explanation(results), text.verdict(results)):
+        click.echo(textwrap.fill(words, 100))

@@ -1,67 +1,37 @@
 """Measures one pass of one layer in one run: the chosen kernels and PyTorch's, in both layouts.
 
-All contenders run in turn, one run each a round, in an order that rotates from round to round, each
-run on cold data (`tc.timing`).  Whatever drifts or disturbs the machine then meets all of them alike.
-The time of a contender is the median of its runs, or their lower quartile: on a machine that other
-processes keep busy, the median is a time of theirs (`tc.timing` says why).
+On a CPU each run of a contender is one call on cold data (`tc.timing`); on a GPU it is a CUDA graph of many
+(`bench.graphs`). All take turns (`bench.rounds`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import statistics
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from g3dswap import native
+from g3dswap.bench import graphs
+from g3dswap.bench.rounds import FEWEST, MOST, Times, alternate
 from g3dswap.choice import Choice
 from g3dswap.problem import Problem
 from g3dswap.tc import timing
 from g3dswap.tc.timing import Call, Sampler
 from g3dswap.workload import Sample, distance
 
-Key = TypeVar("Key", bound=Hashable)
-Run = Callable[[], Tensor]
+Run = Callable[..., Tensor]
+Operands = Sequence[Tensor | None]
 
-STATISTICS = ("median", "quartile")
-FEWEST, ENOUGH, MOST = 3, 5, 100  # runs of a contender
-PATIENCE = 5.0  # times the budget, for getting from FEWEST to ENOUGH
-OURS, TORCH = "ours", "torch"
+OURS, TORCH, COMPILED = "ours", "torch", "compiled"
+COMPILE_MODE = "max-autotune-no-cudagraphs"
 
 # Bytes of one copied buffer, and the matrix product's extent: far beyond every cache, some ms a run.
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 PRODUCT_EXTENT = {"cpu": 1536, "cuda": 8192}
-
-
-@dataclass(frozen=True)
-class Times:
-    """Of the runs of one contender; `seconds` is one of the others, the statistic that counts."""
-
-    seconds: float
-    low: float  # quartile
-    median: float
-    high: float  # quartile
-    runs: int
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Times:
-        """By the median; of at least two runs."""
-        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, low, median, high, len(samples))
-
-    def by(self, statistic: str) -> Times:
-        """The same with another statistic as the one that counts."""
-        return replace(self, seconds=self.low if statistic == "quartile" else self.median)
-
-    @property
-    def spread(self) -> float:
-        """The interquartile range over the time."""
-        return (self.high - self.low) / self.seconds
 
 
 @dataclass(frozen=True)
@@ -103,6 +73,8 @@ class Measured:
     torch: dict[str, Times]
     ours: dict[str, Times]  # PyTorch's own where the choice is its kernel
     checks: dict[str, Check]
+    compiled: dict[str, Times] = field(default_factory=dict)  # PyTorch's under torch.compile, if asked for
+    failed: dict[str, str] = field(default_factory=dict)  # why torch.compile gave nothing
 
 
 def ceilings(device: str, dtype: torch.dtype, seconds: float) -> Ceilings:
@@ -144,34 +116,84 @@ def _fastest(call: Call, sample: Sampler, seconds: float) -> float:
 
 
 def measure_pass(
-    choices: Mapping[str, Choice], problems: Mapping[str, Problem], batch: int, seconds: float
+    choices: Mapping[str, Choice],
+    problems: Mapping[str, Problem],
+    batch: int,
+    seconds: float,
+    compiled: bool = False,
 ) -> Measured:
     """Check and time the choices, and PyTorch's kernels in every layout of `problems`.
 
-    Both mappings are by layout; `seconds` is what each contender may take.
+    Both mappings are by layout; `seconds` is what each contender may take. `compiled` also times PyTorch's
+    operator under torch.compile.
     """
     operands = {layout: native.random_operands(problem, batch) for layout, problem in problems.items()}
-    calls: dict[tuple[str, str], Run] = {
-        (TORCH, layout): partial(native.run, problem, *operands[layout])
-        for layout, problem in problems.items()
+    runs: dict[tuple[str, str], Run] = {
+        (TORCH, layout): partial(native.run, problem) for layout, problem in problems.items()
     }
-    for layout, choice in choices.items():
-        if not choice.is_native:
-            calls[OURS, layout] = partial(choice.run, *operands[layout])
+    runs |= {(OURS, layout): choice.run for layout, choice in choices.items() if not choice.is_native}
     layout, problem = next(iter(problems.items()))
+    failed: dict[str, str] = {}
     with torch.no_grad(), native.switches(problem):
         sample = Sample(problem, operands[layout])  # the values are those of the other layouts too
+        calls = {key: partial(run, *operands[key[1]]) for key, run in runs.items()}
         checks = {layout: _check(problem, sample, calls, layout) for layout, problem in problems.items()}
         del sample
-        times = alternate(calls, timing.sampler(problem.device), seconds)
+        if compiled:
+            found, failed = _compile(problems, operands)
+            runs |= {(COMPILED, layout): run for layout, run in found.items()}
+        times = _time({key: (run, operands[key[1]]) for key, run in runs.items()}, problem, batch, seconds)
     return Measured(
         torch={layout: times[TORCH, layout] for layout in problems},
         ours={layout: times.get((OURS, layout), times[TORCH, layout]) for layout in choices},
         checks={layout: checks[layout] for layout in choices},
+        compiled={layout: times[COMPILED, layout] for layout in problems if (COMPILED, layout) in times},
+        failed=failed,
     )
 
 
-def _check(problem: Problem, sample: Sample, calls: Mapping[tuple[str, str], Run], layout: str) -> Check:
+def _time(
+    contenders: Mapping[tuple[str, str], tuple[Run, Operands]], problem: Problem, batch: int, seconds: float
+) -> dict[tuple[str, str], Times]:
+    if problem.device == "cuda":
+        found = graphs.rotations(contenders, problem.bytes(batch))
+        return graphs.measure(found, seconds, eager=graphs.sampler(), graph=graphs.sampler(graphs.flush()))
+    calls = {key: partial(run, *operands) for key, (run, operands) in contenders.items()}
+    return alternate(calls, timing.sampler(problem.device), seconds)
+
+
+def _compile(
+    problems: Mapping[str, Problem], operands: Mapping[str, Operands]
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """PyTorch's operator by torch.compile in each layout, compiled; and why not, where it fails."""
+    found: dict[str, Run] = {}
+    failed: dict[str, str] = {}
+    torch._dynamo.reset()  # what earlier layers left counts against the limit of recompilations
+    for layout, problem in problems.items():
+        run = torch.compile(_operator(problem), mode=COMPILE_MODE, dynamic=False)
+        try:
+            run(*operands[layout])
+        except RuntimeError as error:  # all of dynamo's and inductor's
+            failed[layout] = f"{type(error).__name__}: {graphs.first_line(error)}"
+        else:
+            found[layout] = run
+    return found, failed
+
+
+def _operator(problem: Problem) -> Run:
+    """PyTorch's operator for a pass as a plain function, which torch.compile sees through."""
+    g = problem.geometry
+    rest = g.stride, g.padding, g.dilation, False, (0, 0, 0), g.groups
+    if problem.direction == "forward":
+        return lambda input, weight, bias: torch.convolution(input, weight, bias, *rest)
+    mask = [problem.direction == "grad_input", problem.direction == "grad_weight", False]
+    backward = torch.ops.aten.convolution_backward
+    return lambda grad, input, weight: backward(grad, input, weight, None, *rest, mask)[mask.index(True)]
+
+
+def _check(
+    problem: Problem, sample: Sample, calls: Mapping[tuple[str, str], Callable[[], Tensor]], layout: str
+) -> Check:
     """Compare both kernels of a layout with float64; these runs are also the warm-up of the measurement."""
     theirs = calls[TORCH, layout]()
     own = native.error(sample.of(theirs), sample.reference)
@@ -183,26 +205,3 @@ def _check(problem: Problem, sample: Sample, calls: Mapping[tuple[str, str], Run
     # Both are within their errors of the exact result, so they cannot be further apart than this.
     correct = error <= bound and distance(out, theirs) <= 2 * bound
     return Check(error, own, bound, correct)
-
-
-def alternate(calls: Mapping[Key, Call], sample: Sampler, seconds: float) -> dict[Key, Times]:
-    """Time warm calls in rounds, until each has run for `seconds`.
-
-    At least FEWEST rounds, ENOUGH of them unless that takes PATIENCE times the budget, MOST at most.
-    """
-    samples: dict[Key, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-
-    def wanted(taken: list[float]) -> bool:
-        if len(taken) < ENOUGH:
-            return len(taken) < FEWEST or sum(taken) < PATIENCE * seconds
-        return len(taken) < MOST and sum(taken) < seconds
-
-    for turn in range(MOST):
-        first = turn % len(names)
-        running = [name for name in names[first:] + names[:first] if wanted(samples[name])]
-        if not running:
-            break
-        for name in running:
-            samples[name].append(sample(calls[name]))
-    return {name: Times.of(taken) for name, taken in samples.items()}

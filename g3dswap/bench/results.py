@@ -5,17 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from g3dswap.bench.measure import Ceilings, Check, Times
-from g3dswap.choice import problem_from_json, problem_to_json
+from g3dswap.bench.measure import Ceilings
+from g3dswap.bench.rows import Row
+from g3dswap.bench.summary import best, summarize
 from g3dswap.errors import ArgumentError
-from g3dswap.problem import DIRECTIONS, LAYOUTS, Problem
+from g3dswap.problem import LAYOUTS
 from g3dswap.tc.entries import atomic_write_text, strict_json
 
 SCHEMA = 1
@@ -25,153 +23,6 @@ HEADER: dict[str, tuple[str, ...]] = {
     "settings": ("dtype", "batch", "tune", "seconds"),
 }
 """What a header has at least; beside it `date` and `statistic`."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One pass of one layer in one layout."""
-
-    model: str
-    layer: str
-    count: int
-    kind: str
-    batch: int
-    problem: Problem
-    source: str
-    reason: str
-    schedule: dict[str, Any] | None
-    ours: Times
-    torch: dict[str, Times]  # by layout
-    check: Check
-    roofline: float  # seconds
-
-    @property
-    def key(self) -> tuple[str, str, int, Problem]:
-        """What a file holds one row of."""
-        return self.model, self.layer, self.batch, self.problem
-
-    @property
-    def name(self) -> str:
-        """The model's name and the layer's."""
-        return f"{self.model} {self.layer}"
-
-    @property
-    def kept(self) -> bool:
-        """The choice is PyTorch's own kernel: `ours` is its time."""
-        return self.schedule is None
-
-    @property
-    def same(self) -> float:
-        """Speed-up over PyTorch in the same layout: 1 where its own kernel is the choice."""
-        return 1.0 if self.kept else self.torch[self.problem.layout].seconds / self.ours.seconds
-
-    @property
-    def better(self) -> float:
-        """Speed-up over PyTorch in the better of its layouts."""
-        return self.torch_best / self.ours.seconds
-
-    @property
-    def contiguous(self) -> float:
-        """Speed-up over PyTorch's NCDHW kernel."""
-        return self.torch["contiguous"].seconds / self.ours.seconds
-
-    @property
-    def torch_best(self) -> float:
-        """PyTorch's time in the better of its layouts, in seconds."""
-        return min(times.seconds for times in self.torch.values())
-
-    @property
-    def gflops(self) -> float:
-        """Of the direct algorithm."""
-        return self.problem.flops(self.batch) / self.ours.seconds / 1e9
-
-    @property
-    def fraction(self) -> float:
-        """Of the roofline's speed."""
-        return self.roofline / self.ours.seconds
-
-    def by(self, statistic: str) -> Row:
-        """The same with its times by another statistic."""
-        torch = {layout: times.by(statistic) for layout, times in self.torch.items()}
-        return replace(self, ours=self.ours.by(statistic), torch=torch)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, with what follows from it."""
-        check = {k: v if math.isfinite(v) else None for k, v in asdict(self.check).items()}
-        return {
-            **vars(self),
-            "problem": problem_to_json(self.problem),
-            "ours": asdict(self.ours),
-            "torch": {layout: asdict(times) for layout, times in self.torch.items()},
-            "check": check,
-            "flops": self.problem.flops(self.batch),
-            "bytes": self.problem.bytes(self.batch),
-            "gflops": self.gflops,
-            "roofline_fraction": self.fraction,
-            "speedup": {"same": self.same, "better": self.better, "contiguous": self.contiguous},
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Row:
-        """The inverse; KeyError, TypeError, ValueError or AttributeError for anything else."""
-        fields = {name: data[name] for name in cls.__dataclass_fields__}
-        check: dict[str, Any] = {k: math.inf if v is None else v for k, v in data["check"].items()}
-        fields |= {
-            "problem": problem_from_json(data["problem"]),
-            "ours": Times(**data["ours"]),
-            "torch": {layout: Times(**times) for layout, times in data["torch"].items()},
-            "check": Check(**check),
-        }
-        row = cls(**fields)
-        if set(row.torch) != set(LAYOUTS):
-            raise ValueError(f"PyTorch's times are of the layouts {', '.join(row.torch)}")
-        for times in (row.ours, *row.torch.values()):
-            if not min(times.seconds, times.low, times.median, times.high, row.roofline) > 0:
-                raise ValueError(f"{row.name} has times that are no times")
-        return row
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One layout and pass over all layers; means are geometric."""
-
-    layout: str
-    direction: str
-    layers: int
-    ours: int  # of the layers, how many run a kernel of ours
-    same: float
-    better: float
-    contiguous: float
-    slowest: float  # the least `same`
-    slowest_layer: str
-    fraction: float  # of the roofline's speed
-    torch_fraction: float  # PyTorch's, in the better of its layouts
-
-
-def summarize(rows: Iterable[Row]) -> list[Summary]:
-    """By layout and pass, those that have rows."""
-    parts: dict[tuple[str, str], list[Row]] = {(l, d): [] for l in LAYOUTS for d in DIRECTIONS}
-    for row in rows:
-        parts[row.problem.layout, row.problem.direction].append(row)
-    return [_summary(layout, direction, part) for (layout, direction), part in parts.items() if part]
-
-
-def _summary(layout: str, direction: str, rows: list[Row]) -> Summary:
-    mean = statistics.geometric_mean
-    slowest = min(rows, key=lambda row: row.same)
-    return Summary(
-        layout,
-        direction,
-        layers=len(rows),
-        ours=sum(not row.kept for row in rows),
-        same=mean([row.same for row in rows]),
-        better=mean([row.better for row in rows]),
-        contiguous=mean([row.contiguous for row in rows]),
-        slowest=slowest.same,
-        slowest_layer=slowest.name,
-        fraction=mean([row.fraction for row in rows]),
-        torch_fraction=mean([row.roofline / row.torch_best for row in rows]),
-    )
 
 
 @dataclass
@@ -193,6 +44,7 @@ class Results:
             "header": self.header,
             "ceilings": asdict(self.ceilings),
             "summary": [asdict(item) for item in summarize(self.rows)],
+            "best": [asdict(item) for item in best(self.rows)],
             "rows": [row.to_json() for row in self.rows],
         }
 
@@ -200,6 +52,11 @@ class Results:
         """The same with the times, and all that follows from them, by another statistic."""
         rows = [row.by(statistic) for row in self.rows]
         return Results({**self.header, "statistic": statistic}, self.ceilings, rows)
+
+    def of(self, layout: str, direction: str) -> list[Row]:
+        """The rows of a layout and pass."""
+        at = layout, direction
+        return [row for row in self.rows if (row.problem.layout, row.problem.direction) == at]
 
     def wrong(self) -> list[Row]:
         """The rows whose kernel failed its check."""
@@ -229,6 +86,7 @@ class Results:
             header = data["header"]
             for part, names in HEADER.items():
                 header[part] = {**header[part], **{name: header[part][name] for name in names}}
+            header["settings"].setdefault("compile", False)  # which earlier versions could not do
             rows = [Row.from_json(row) for row in data["rows"]]
             return cls({**header, "date": str(header["date"])}, ceilings, rows).by(header["statistic"])
         except OSError as error:
@@ -250,8 +108,13 @@ def _flat(row: Row) -> dict[str, Any]:
             f"{name}_ms": times.seconds * 1e3,
             f"{name}_spread": times.spread,
             f"{name}_runs": times.runs,
+            f"{name}_eager_ms": None if times.eager_seconds is None else times.eager_seconds * 1e3,
         }
+    for layout in LAYOUTS:
+        compiled = row.compiled.get(layout)
+        data[f"compiled_{layout}_ms"] = compiled and compiled.seconds * 1e3
     data |= {"speedup_same": row.same, "speedup_better": row.better, "speedup_contiguous": row.contiguous}
+    data |= {"speedup_same_eager": row.same_eager, "speedup_compiled": row.over_compiled}
     data |= {"gflops": row.gflops, "roofline_ms": row.roofline * 1e3, "roofline_fraction": row.fraction}
     return {**data, **asdict(row.check)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,11 +17,14 @@ import torch
 from tqdm import tqdm
 
 from g3dswap import native
+from g3dswap.bench.device import gpu_facts
 from g3dswap.bench.layers import BenchLayer
-from g3dswap.bench.measure import STATISTICS, ceilings, measure_pass
-from g3dswap.bench.results import HEADER, Results, Row
+from g3dswap.bench.measure import ceilings, measure_pass
+from g3dswap.bench.results import HEADER, Results
+from g3dswap.bench.rounds import STATISTICS
+from g3dswap.bench.rows import Row
 from g3dswap.choose import Chooser, open_cache
-from g3dswap.errors import ArgumentError
+from g3dswap.errors import ArgumentError, G3DSwapWarning
 from g3dswap.problem import DIRECTIONS, LAYOUTS, Problem, device_facts, dtype_name
 from g3dswap.tc import kernel
 
@@ -34,6 +38,7 @@ class Settings:
     threads: PyTorch's and the kernels'; 0: as many as PyTorch takes.
     seconds: what each contender may take; each of the device's ceilings takes four times that.
     statistic: of the runs' times, "median" or "quartile"; None: that of the file, "median" in a new one.
+    compile: time PyTorch's operator under torch.compile too.
     """
 
     layers: Sequence[BenchLayer]
@@ -48,6 +53,7 @@ class Settings:
     seconds: float = 0.5
     statistic: str | None = None
     progress: bool = True
+    compile: bool = False
 
     def problem(self, layer: BenchLayer, direction: str, layout: str) -> Problem:
         """A pass of a layer under PyTorch's present switches."""
@@ -82,10 +88,11 @@ def bench(settings: Settings, output: Path, csv: Path | None = None, resume: boo
         chooser = Chooser(open_cache(settings.cache), settings.tune, progress=settings.progress)
         chooser.expect(len(todo) * len(settings.layouts))
         _save(results, output, csv)
+        said: set[str] = set()
         with tqdm(total=len(todo), unit="pass", disable=not settings.progress, dynamic_ncols=True) as bar:
             for layer, direction in todo:
                 bar.set_description_str(f"{layer.name} {direction}")
-                rows = _rows(settings, chooser, results, layer, direction)
+                rows = _rows(settings, chooser, results, layer, direction, said)
                 new = {row.key for row in rows}
                 results.rows = [row for row in results.rows if row.key not in new] + rows
                 _save(results, output, csv)
@@ -94,7 +101,12 @@ def bench(settings: Settings, output: Path, csv: Path | None = None, resume: boo
 
 
 def _rows(
-    settings: Settings, chooser: Chooser, results: Results, layer: BenchLayer, direction: str
+    settings: Settings,
+    chooser: Chooser,
+    results: Results,
+    layer: BenchLayer,
+    direction: str,
+    said: set[str],
 ) -> list[Row]:
     """Choose and measure one pass of a layer: a row for each layout."""
     batch = settings.batch or layer.batch
@@ -102,8 +114,8 @@ def _rows(
     choices = {layout: chooser.choose(problems[layout], batch, layer.layer) for layout in settings.layouts}
     if chooser.interrupted:  # it has kept what was tuned; a choice that was cut short is not worth a row
         raise KeyboardInterrupt
-    found = measure_pass(choices, problems, batch, settings.seconds)
-    return [
+    found = measure_pass(choices, problems, batch, settings.seconds, settings.compile)
+    rows = [
         Row(
             layer.model,
             layer.layer,
@@ -118,9 +130,23 @@ def _rows(
             found.torch,
             found.checks[layout],
             results.ceilings.roofline(choice.problem, batch),
+            found.compiled,
         ).by(results.header["statistic"])
         for layout, choice in choices.items()
     ]
+    _say(rows, [f"torch.compile in {layout}: {why}" for layout, why in found.failed.items()], said)
+    return rows
+
+
+def _say(rows: Sequence[Row], failures: Sequence[str], said: set[str]) -> None:
+    """Warn of each reason once for why a time is missing."""
+    notes = [f"no CUDA graph of {note}; its launches from Python count" for row in rows for note in row.notes]
+    for note in (*notes, *(f"no time of {failure}" for failure in failures)):
+        if note not in said:
+            said.add(note)
+            warnings.warn(
+                f"{rows[0].name}, {rows[0].problem.direction}: {note}.", G3DSwapWarning, stacklevel=2
+            )
 
 
 def _keys(settings: Settings, layer: BenchLayer, direction: str) -> list[tuple[str, str, int, Problem]]:
@@ -139,7 +165,10 @@ def _begun(settings: Settings, output: Path, resume: bool) -> Results:
     """The results so far: those of the file, if it is to be gone on with, else none."""
     header = describe(settings)
     if not resume or not output.exists():
-        return Results(header, ceilings(settings.device.type, settings.dtype, 4 * settings.seconds))
+        found = ceilings(settings.device.type, settings.dtype, 4 * settings.seconds)
+        if settings.device.type == "cuda":
+            header["gpu"] = gpu_facts()  # now, when its clocks are those of a busy device
+        return Results(header, found)
     results = Results.load(output)
     results = results.by(settings.statistic or results.header["statistic"])
     for part in HEADER:  # rows that were measured under different conditions do not belong in one file
@@ -179,6 +208,7 @@ def describe(settings: Settings) -> dict[str, Any]:
             "batch": settings.batch,
             "tune": settings.tune,
             "seconds": settings.seconds,
+            "compile": settings.compile,
         },
     }
 
