@@ -108,6 +108,7 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
         "bias": problem.bias,
         "precision": problem.precision,
         "deterministic": problem.deterministic,
+        "transposed": problem.transposed,
     }
 
 
@@ -121,7 +122,7 @@ def problem_from_json(data: Mapping[str, Any]) -> Problem:
     dtypes: dict[str, torch.dtype] = {dtype_name(dtype): dtype for dtype in DTYPES}
     dtype = dtypes[_one_of(fields.pop("dtype"), tuple(dtypes))]
     _one_of(fields["device"], ("cpu", "cuda"))
-    for flag in ("bias", "deterministic"):
+    for flag in ("bias", "deterministic", "transposed"):
         if not isinstance(fields[flag], bool):
             raise ValueError(f"{flag} is {fields[flag]!r}")
     return Problem(geometry=Geometry(**geometry), dtype=dtype, **fields)

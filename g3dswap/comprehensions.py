@@ -2,6 +2,9 @@
 
 n batch, g group, c input channel in the group, f filter in the group, t h w space, kt kh kw kernel;
 S stride, P padding, D dilation.  A reference outside its tensor reads as zero.
+
+A transposed convolution computes forward what the convolution of the same weight computes as its input's
+gradient, and may add a bias to it.
 """
 
 from __future__ import annotations
@@ -36,6 +39,14 @@ def grad_input(float(N,G,F,TO,HO,WO) dO, float(G,F,C,KT,KH,KW) K) -> (dI) {
 }
 """
 
+GRAD_INPUT_BIAS = """
+def grad_input_bias(float(N,G,F,TO,HO,WO) dO, float(G,F,C,KT,KH,KW) K, float(G,C) B) -> (dI) {
+  dI(n,g,c,t,h,w) +=! dO(n,g,f, (t+PT-kt*DT)/ST, (h+PH-kh*DH)/SH, (w+PW-kw*DW)/SW) * K(g,f,c,kt,kh,kw)
+    where t in 0:T, h in 0:H, w in 0:W
+  dI(n,g,c,t,h,w) = dI(n,g,c,t,h,w) + B(g,c) where t in 0:T, h in 0:H, w in 0:W
+}
+"""
+
 GRAD_WEIGHT = """
 def grad_weight(float(N,G,F,TO,HO,WO) dO, float(N,G,C,T,H,W) I) -> (dK) {
   dK(g,f,c,kt,kh,kw) +=! dO(n,g,f,t,h,w) * I(n,g,c, t*ST + kt*DT - PT, h*SH + kh*DH - PH, w*SW + kw*DW - PW)
@@ -55,7 +66,9 @@ def comprehension(problem: Problem) -> Comprehension:
     """The notation of a problem's pass."""
     if problem.direction == "forward":
         return _parsed(FORWARD_BIAS if problem.bias else FORWARD)
-    return _parsed(GRAD_INPUT if problem.direction == "grad_input" else GRAD_WEIGHT)
+    if problem.direction == "grad_input":
+        return _parsed(GRAD_INPUT_BIAS if problem.bias else GRAD_INPUT)
+    return _parsed(GRAD_WEIGHT)
 
 
 def nest(problem: Problem) -> Nest:
@@ -99,7 +112,7 @@ def nest(problem: Problem) -> Nest:
         "dO": result,
         "K": weight,
         "dK": weight,
-        "B": (filters, 1),
+        "B": (channels if problem.transposed else filters, 1),
     }
     dtype = str(problem.dtype).removeprefix("torch.")
     return lower(comprehension(problem), sizes, strides, dtype, batch=BATCH, precision=problem.precision)

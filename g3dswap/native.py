@@ -3,8 +3,11 @@
 Operands of a pass, in order, here and wherever a pass is run:
 
 * forward: input, weight, and the bias or None
-* grad_input: grad_output, input (only its shape counts), weight
+* grad_input: grad_output, input (only its shape counts), weight, and the bias if there is one
 * grad_weight: grad_output, input, weight (only its shape counts)
+
+In a problem of a transposed layer these are the operands of its convolution: what the layer takes is the
+convolution's grad_output, and the gradient of what it returns is the convolution's input; see `operands`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch import _C, Tensor
 
 from .errors import ArgumentError
-from .problem import Geometry, Problem, Triple
+from .problem import Geometry, Problem, Triple, layer_pass, transposed_size
 
 # An error that no candidate has to go below, as ||out - ref|| / ||ref||. A result that is exact but
 # for its rounding to 16 bits has about half the unit roundoff (eps / 2), so that is the floor there.
@@ -33,7 +36,7 @@ _CUDNN_CONV = ("cuda", "conv")  # where PyTorch keeps the TF32 switch of torch.b
 
 
 def problem(
-    direction: str,
+    name: str,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -41,20 +44,26 @@ def problem(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool = False,
+    output_padding: Sequence[int] = (0, 0, 0),
 ) -> Problem:
-    """The problem that a call with these 5-D tensors poses under PyTorch's present switches.
+    """The problem that a layer's pass ``name`` on these 5-D tensors poses under PyTorch's present switches.
 
     The bias counts in a forward pass only.
     """
     kind = input.device.type
     layout = output_format(input, weight, stride, dilation, groups)
+    channels, size = input.shape[1], list(input.shape[2:])
+    if transposed:
+        channels = weight.shape[1] * groups
+        size = transposed_size(size, weight.shape[2:], stride, padding, dilation, output_padding)
     return Problem(
-        direction,
+        layer_pass(name, transposed),
         Geometry(
-            input.shape[1],
+            channels,
             weight.shape[0],
             groups,
-            _triple(input.shape[2:]),
+            _triple(size),
             _triple(weight.shape[2:]),
             _triple(stride),
             _triple(padding),
@@ -63,10 +72,25 @@ def problem(
         input.dtype,
         "channels_last_3d" if layout == torch.channels_last_3d else "contiguous",
         kind,
-        bias=bias is not None and direction == "forward",
+        bias=bias is not None and name == "forward",
         precision=precision(input.dtype, kind),
         deterministic=deterministic(kind),
+        transposed=transposed,
     )
+
+
+def operands(problem: Problem, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A problem's operands from those of the layer's pass, which is itself one of the three.
+
+    They differ for a transposed layer only. Its forward pass has no tensor of the output's shape to give.
+    """
+    if not problem.transposed:
+        return tensors
+    if problem.layer_pass == "forward":
+        input, weight, bias = tensors
+        return input, None, weight, bias
+    grad_output, input, weight = tensors
+    return (grad_output, weight, None) if problem.layer_pass == "grad_input" else (input, grad_output, weight)
 
 
 def run(problem: Problem, *tensors: Tensor | None) -> Tensor:
@@ -120,9 +144,10 @@ def random_operands(
         return x.contiguous(memory_format=problem.memory_format) if len(shape) == 5 else x
 
     image, weight = normal(g.input_shape(batch)), normal(g.weight_shape())
+    bias = normal((problem.bias_size,)) if problem.bias else None
     if problem.direction == "forward":
-        return [image, weight, normal((g.out_channels,)) if problem.bias else None]
-    return [normal(g.output_shape(batch)), image, weight]
+        return [image, weight, bias]
+    return [normal(g.output_shape(batch)), image, weight, *([] if bias is None else [bias])]
 
 
 @contextlib.contextmanager
@@ -228,8 +253,11 @@ def _suggests_channels_last(x: Tensor) -> bool:
 
 
 def forward(problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``run`` of a forward pass, without its detours: it is on the path of every call."""
+    """The layer's forward pass, without the detours of ``run``: it is on the path of every call."""
     g = problem.geometry
+    if problem.transposed:
+        options = g.stride, g.padding, g.dilation, True, g.output_padding, g.groups
+        return torch.convolution(input, weight, bias, *options)
     if input.dtype.itemsize == 2 and input.is_cpu and g.blind:
         # oneDNN's half-precision forward kernels (3.12, AVX-512) may crash the process here. The
         # result is the bias or zero, so the detour over fp32 changes no bit of it.
@@ -239,18 +267,35 @@ def forward(problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None
     return torch.convolution(input, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0, 0), g.groups)
 
 
+def gradient(problem: Problem, grad_output: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """One of the layer's gradients, as ``problem.layer_pass`` says."""
+    g = problem.geometry
+    extra = g.output_padding if problem.transposed else (0, 0, 0)
+    options = g.stride, g.padding, g.dilation, problem.transposed, extra, g.groups
+    mask = [problem.layer_pass == name for name in ("grad_input", "grad_weight", "bias")]
+    grads = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *options, mask)
+    return grads[mask.index(True)]
+
+
 def _compute(problem: Problem, tensors: Sequence[Tensor | None]) -> Tensor:
-    if problem.direction == "forward":
-        input, weight, bias = tensors
+    if problem.layer_pass == "forward":
+        input, weight, bias = (*tensors[0:1], *tensors[1 + problem.transposed :], None)[:3]
         if input is None or weight is None:
             raise ArgumentError("A forward pass needs an input and a weight; only the bias may be None.")
         return forward(problem, input, weight, bias)
-    g = problem.geometry
-    grads = torch.ops.aten.convolution_backward(
-        *(*tensors, None, g.stride, g.padding, g.dilation, False, [0, 0, 0], g.groups),
-        [problem.direction == "grad_input", problem.direction == "grad_weight", False],
+    first, second, *rest = [x for x in tensors if x is not None]
+    if not problem.transposed:
+        return gradient(problem, first, second, *rest)
+    if problem.layer_pass == "grad_weight":
+        return gradient(problem, second, first, *rest)
+    # PyTorch wants the layer's input too, although only its shape counts.
+    input = torch.empty(
+        problem.geometry.output_shape(first.shape[0]),
+        dtype=first.dtype,
+        device=first.device,
+        memory_format=problem.memory_format,
     )
-    return grads[0 if problem.direction == "grad_input" else 1]
+    return gradient(problem, first, input, second)
 
 
 def _triple(values: Sequence[int]) -> Triple:

@@ -82,6 +82,15 @@ class Geometry:
         t, h, w = ((s - e) // step + 1 for s, e, step in zip(self.padded, self.extent, self.stride))
         return t, h, w
 
+    @functools.cached_property
+    def output_padding(self) -> Triple:
+        """(T, H, W) of what the transposed layer of this convolution is to add at the end of its output.
+
+        These are the elements at the input's end that the last step of the window does not reach.
+        """
+        t, h, w = ((s - e) % step for s, e, step in zip(self.padded, self.extent, self.stride))
+        return t, h, w
+
     @property
     def depthwise(self) -> bool:
         """One input channel a group, at least one filter for it, and more than one group."""
@@ -121,9 +130,14 @@ class Geometry:
 class Problem:
     """One pass (``direction``) of a grouped convolution, as one kernel computes it.
 
-    All tensors of the pass lie in ``layout``. ``bias`` is true only of a forward pass that adds one;
-    the bias's gradient is a plain sum and no problem of its own. ``precision`` is "tf32" where
-    PyTorch's switch lets fp32 convolutions round their factors to TF32, else "ieee".
+    All tensors of the pass lie in ``layout``. ``precision`` is "tf32" where PyTorch's switch lets fp32
+    convolutions round their factors to TF32, else "ieee".
+
+    With ``transposed`` the pass is one of the transposed layer of that convolution, which has the same
+    weight: its forward pass is the direction "grad_input", its input's gradient is "forward", and in its
+    weight's gradient input and output change places. What our kernel computes is the same; PyTorch has
+    other kernels for it. ``bias`` is true only where the layer's forward pass adds one; the bias's
+    gradient is a plain sum and no problem of its own.
     """
 
     direction: str
@@ -134,6 +148,7 @@ class Problem:
     bias: bool = False
     precision: str = "ieee"
     deterministic: bool = False
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("direction", DIRECTIONS), ("layout", tuple(LAYOUTS)), ("precision", PRECISIONS)):
@@ -143,8 +158,20 @@ class Problem:
         if self.dtype not in DTYPES:
             names = ", ".join(dtype_name(dtype) for dtype in DTYPES)
             raise ArgumentError(f"dtype {dtype_name(self.dtype)} has no kernels; use one of {names}.")
-        if self.bias and self.direction != "forward":
-            raise ArgumentError(f"bias=True in a {self.direction} pass: only a forward pass adds a bias.")
+        if self.bias and self.layer_pass != "forward":
+            raise ArgumentError(f"bias=True in a {self.layer_pass} pass: only a forward pass adds a bias.")
+
+    @property
+    def layer_pass(self) -> str:
+        """Which of the layer's passes this is; ``direction`` says which of the convolution's."""
+        return layer_pass(self.direction, self.transposed)
+
+    @property
+    def bias_size(self) -> int:
+        """How many numbers the pass adds as a bias: one for each channel of its result, or none."""
+        if not self.bias:
+            return 0
+        return self.geometry.in_channels if self.transposed else self.geometry.out_channels
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -164,7 +191,7 @@ class Problem:
         """Least memory traffic: input, weight, output (or their gradients) and bias moved once each."""
         g = self.geometry
         elements = prod(g.input_shape(batch)) + prod(g.weight_shape()) + prod(g.output_shape(batch))
-        return (elements + g.out_channels * self.bias) * self.dtype.itemsize
+        return (elements + self.bias_size) * self.dtype.itemsize
 
     def roofline(self, batch: int, bandwidth: float, peak: float) -> float:
         """Seconds below which the pass cannot go: max(bytes / bandwidth [B/s], flops / peak [flop/s])."""
@@ -195,6 +222,8 @@ class Problem:
             "bias": self.bias,
             "precision": self.precision,
             "deterministic": self.deterministic,
+            # Only where it is so: what was tuned for plain convolutions keeps its key.
+            **({"transposed": True} if self.transposed else {}),
             **device_facts(self.device, _index(self.device, device)),
             **(versions or {}),
         }
@@ -203,9 +232,36 @@ class Problem:
         extras = [self.precision] if self.precision != "ieee" else []
         extras += ["bias"] if self.bias else []
         extras += ["deterministic"] if self.deterministic else []
+        extras += ["transposed"] if self.transposed else []
         return ", ".join(
             [f"{self.direction} {self.geometry}", dtype_name(self.dtype), self.layout, self.device, *extras]
         )
+
+
+def transposed_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+) -> list[int]:
+    """(T, H, W) of a transposed layer's output: the ``size`` of its convolution's Geometry.
+
+    Symbolic sizes stay symbolic.
+    """
+    axes = zip(size, kernel, stride, padding, dilation, output_padding)
+    return [(s - 1) * step - 2 * p + d * (k - 1) + 1 + more for s, k, step, p, d, more in axes]
+
+
+def layer_pass(direction: str, transposed: bool) -> str:
+    """The pass of a layer that a convolution's pass is, or, the relation being its own inverse, the reverse.
+
+    A transposed layer computes forward what its convolution computes as the input's gradient.
+    """
+    if not transposed or direction == "grad_weight":
+        return direction
+    return "grad_input" if direction == "forward" else "forward"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

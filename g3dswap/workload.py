@@ -8,6 +8,7 @@ whole result is compared with PyTorch's own kernel beside that, and must leave n
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -51,9 +52,8 @@ class Candidate:
         self._shape = result_shape(problem, 0)  # worked out once, for calls must be cheap
         self._batched = problem.direction != "grad_weight"
         # grad_input does not read its input, grad_weight does not read its weight, a bias may be None.
-        self._reads = {"forward": slice(3 if problem.bias else 2), "grad_input": slice(0, None, 2)}.get(
-            problem.direction, slice(2)
-        )
+        reads = (0, 2) if problem.direction == "grad_input" else (0, 1)
+        self._reads = operator.itemgetter(*reads, *[reads[-1] + 1] * problem.bias)
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
         """The pass on operands in the order of `native.run`; its result is newly allocated."""
@@ -63,13 +63,13 @@ class Candidate:
         assert first is not None
         shape = (first.shape[0], *self._shape[1:]) if self._batched else self._shape
         out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=self._format)
-        self.kernel(*tensors[self._reads], out=out)  # type: ignore[arg-type]
+        self.kernel(*self._reads(tensors), out=out)
         return out
 
     def into(self, out: Tensor, tensors: Operands) -> None:
         """Compute with our kernel into `out`, which has the result's shape and the problem's layout."""
         assert self.kernel is not None
-        self.kernel(*tensors[self._reads], out=out)  # type: ignore[arg-type]
+        self.kernel(*self._reads(tensors), out=out)
 
 
 def result_shape(problem: Problem, batch: int) -> tuple[int, ...]:
@@ -167,9 +167,10 @@ def random_operands(problem: Problem, batch: int, seed: int) -> list[Tensor | No
         return x.contiguous(memory_format=problem.memory_format) if len(shape) == 5 else x
 
     image, weight = normal(geometry.input_shape(batch)), normal(geometry.weight_shape())
+    bias = normal((problem.bias_size,)) if problem.bias else None
     if problem.direction == "forward":
-        return [image, weight, normal((geometry.out_channels,)) if problem.bias else None]
-    return [normal(geometry.output_shape(batch)), image, weight]
+        return [image, weight, bias]
+    return [normal(geometry.output_shape(batch)), image, weight, *([] if bias is None else [bias])]
 
 
 def unwritten(problem: Problem, operands: Operands) -> Tensor:

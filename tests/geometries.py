@@ -55,7 +55,8 @@ def cases(draw: st.DrawFn, longest: int = 9, dtypes: tuple[torch.dtype, ...] = D
         geometry,
         draw(st.sampled_from(dtypes)),
         draw(st.sampled_from(["contiguous", "channels_last_3d"])),
-        bias=direction == "forward" and draw(st.booleans()),
+        bias=direction != "grad_weight" and draw(st.booleans()),
+        transposed=direction == "grad_input",  # the layer for which that is a forward pass
     )
     return Case(problem, draw(st.integers(1, 3)), draw(st.integers(0, 2**31)))
 
@@ -72,11 +73,11 @@ def operands(case: Case) -> tuple[list[Tensor], Tensor]:
     image = tensor(geometry.input_shape(case.batch))
     weight = tensor(geometry.weight_shape())
     result = tensor(geometry.output_shape(case.batch))
-    bias = [tensor((geometry.out_channels,))] if problem.bias else []
+    bias = [tensor((problem.bias_size,))] if problem.bias else []
     if problem.direction == "forward":
         return [image, weight, *bias], torch.full_like(result, torch.nan)
     if problem.direction == "grad_input":
-        return [result, weight], torch.full_like(image, torch.nan)
+        return [result, weight, *bias], torch.full_like(image, torch.nan)
     return [result, image], torch.full_like(weight, torch.nan)
 
 
@@ -88,7 +89,8 @@ def expected(case: Case, tensors: list[Tensor]) -> Tensor:
     if case.problem.direction == "forward":
         return torch.nn.functional.conv3d(wide[0], wide[1], wide[2] if case.problem.bias else None, *rest)
     if case.problem.direction == "grad_input":
-        return conv_grad.conv3d_input(geometry.input_shape(case.batch), wide[1], wide[0], *rest)
+        grad = conv_grad.conv3d_input(geometry.input_shape(case.batch), wide[1], wide[0], *rest)
+        return grad + wide[2].view(-1, 1, 1, 1) if case.problem.bias else grad
     return conv_grad.conv3d_weight(wide[1], geometry.weight_shape(), wide[0], *rest)
 
 

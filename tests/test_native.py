@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from g3dswap import native
 from g3dswap.errors import ArgumentError
-from g3dswap.problem import DTYPES, Geometry, Problem
+from g3dswap.problem import DIRECTIONS, DTYPES, Geometry, Problem, layer_pass
 
 GEOMETRY = Geometry(4, 8, 4, (5, 6, 7), (3, 3, 3), (1, 2, 1), (1, 1, 1))
 
@@ -50,6 +50,8 @@ def naive(problem: Problem, *tensors: Any) -> np.ndarray:
         padded = np.pad(np.zeros((n, g.groups, c, *g.size)), pads)
         for tap, window in taps(g):
             padded[window] += np.einsum("ngfthw,gfc->ngcthw", grad, weight[(..., *tap)])
+        if problem.bias:
+            padded += arrays[3].reshape(g.groups, c, 1, 1, 1)
         return padded[inner].reshape(g.input_shape(n))
     image = np.pad(arrays[1].reshape(n, g.groups, c, *g.size), pads)
     result = np.zeros((g.groups, f, c, *g.kernel))
@@ -78,9 +80,11 @@ def problems(draw: Any) -> Problem:
     except ArgumentError:
         assume(False)
     direction = draw(st.sampled_from(["forward", "grad_input", "grad_weight"]))
-    bias = direction == "forward" and draw(st.booleans())
+    transposed = draw(st.booleans())
+    bias = layer_pass(direction, transposed) == "forward" and draw(st.booleans())
     layout = draw(st.sampled_from(["contiguous", "channels_last_3d"]))
-    return Problem(direction, geometry, draw(st.sampled_from(DTYPES)), layout, bias=bias)
+    dtype = draw(st.sampled_from(DTYPES))
+    return Problem(direction, geometry, dtype, layout, bias=bias, transposed=transposed)
 
 
 @settings(max_examples=150)
@@ -125,6 +129,36 @@ def test_run_gives_what_autograd_gives() -> None:
     for direction, expected in (("grad_input", gi), ("grad_weight", gw)):
         result = native.run(Problem(direction, g), grad, x.detach(), w.detach())
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("output_padding", [(0, 0, 0), (0, 1, 0)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_transposed_layer_is_posed_as_the_passes_of_its_convolution(
+    output_padding: tuple[int, int, int], bias: bool
+) -> None:
+    g = GEOMETRY
+    x, w = torch.randn(2, 8, 5, 3, 7, requires_grad=True), torch.randn(8, 1, 3, 3, 3, requires_grad=True)
+    b = torch.randn(4) if bias else None
+    out = F.conv_transpose3d(x, w, b, g.stride, g.padding, output_padding, g.groups, g.dilation)
+    grad = torch.randn_like(out)
+    gi, gw = torch.autograd.grad(out, (x, w), grad)
+    layer = {"forward": (x, w, b), "grad_input": (grad, x, w), "grad_weight": (grad, x, w)}
+    for name, expected in (("forward", out), ("grad_input", gi), ("grad_weight", gw)):
+        options = g.stride, g.padding, g.dilation, g.groups, True, output_padding
+        problem = native.problem(name, x, w, b, *options)
+        assert problem.layer_pass == name and problem.bias == (bias and name == "forward")
+        assert problem.geometry.size == out.shape[2:] and problem.geometry.output_size == x.shape[2:]
+        assert problem.geometry.output_padding == output_padding
+        operands = [None if t is None else t.detach() for t in native.operands(problem, *layer[name])]
+        assert torch.equal(native.run(problem, *operands), expected)
+        torch.testing.assert_close(native.reference(problem, *operands).float(), expected)
+
+
+def test_the_pass_of_a_layer_and_that_of_its_convolution_are_named_by_one_function() -> None:
+    for transposed in (False, True):
+        names = [layer_pass(direction, transposed) for direction in DIRECTIONS]
+        assert [layer_pass(name, transposed) for name in names] == list(DIRECTIONS)
+    assert names == ["grad_input", "forward", "grad_weight"]
 
 
 def test_forward_without_weight_is_refused() -> None:

@@ -69,6 +69,7 @@ def test_bad_geometry(changes: dict[str, Any], message: str) -> None:
         ({"precision": "bf16"}, "precision='bf16' is unknown; use one of ieee, tf32"),
         ({"dtype": torch.int64}, "dtype int64 has no kernels; use one of float32"),
         ({"direction": "grad_input", "bias": True}, "only a forward pass adds a bias"),
+        ({"transposed": True, "bias": True}, "bias=True in a grad_input pass: only a forward pass adds"),
     ],
 )
 def test_bad_problem(changes: dict[str, Any], message: str) -> None:
@@ -117,12 +118,19 @@ def test_key_is_flat_json_and_tells_problems_apart() -> None:
         {"bias": True},
         {"precision": "tf32"},
         {"deterministic": True},
+        {"transposed": True},
         *({"geometry": replace(SMALL, **change)} for change in geometries),
     ]
     others = [replace(problem, **change) for change in changes]
     texts = {json.dumps(p.key(), sort_keys=True) for p in [problem, *others]}
     assert len(texts) == len(others) + 1
     assert problem.key() != key
+
+
+def test_a_transposed_layers_forward_pass_adds_a_bias_for_each_channel_of_its_result() -> None:
+    plain, bias = (Problem("grad_input", SMALL, transposed=True, bias=bias) for bias in (False, True))
+    assert (plain.bias_size, bias.bias_size) == (0, 4) and bias.bytes(2) == plain.bytes(2) + 4 * 4
+    assert bias.layer_pass == "forward" and str(bias).endswith("bias, transposed")
 
 
 def test_key_refuses_another_kind_of_device() -> None:
