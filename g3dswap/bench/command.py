@@ -13,6 +13,7 @@ import torch
 from g3dswap.arch import parse_device
 from g3dswap.bench import markdown, table, text
 from g3dswap.bench.layers import read_layers
+from g3dswap.bench.plot import check_format, draw
 from g3dswap.bench.results import Results
 from g3dswap.bench.rounds import STATISTICS
 from g3dswap.bench.run import Settings
@@ -70,6 +71,7 @@ DTYPE_NAMES = {dtype_name(dtype): dtype for dtype in DTYPES}
 @click.option("--compile", is_flag=True, help="Time PyTorch's operator under torch.compile too.")
 @click.option("-o", "--output", type=PATH, help="JSON file to write, after every pass of a layer.")
 @click.option("--csv", type=PATH, help="Write the rows as CSV too.")
+@click.option("--plot", type=PATH, help="Draw the results too, those of --render as well: SVG, PNG or PDF.")
 @click.option("--resume", is_flag=True, help="Go on with OUTPUT: do not measure again what it has.")
 @click.option(
     "--render", type=PATH, multiple=True, metavar="FILE", help="Print such JSON files as Markdown, and stop."
@@ -81,6 +83,7 @@ def bench(
     match: tuple[str, ...],
     output: Path | None,
     csv: Path | None,
+    plot: Path | None,
     resume: bool,
     render: tuple[Path, ...],
     force: bool,
@@ -91,14 +94,15 @@ def bench(
     \b
     g3dswap bench -o cpu.json
     g3dswap bench --match 'X3D-M*' --passes forward --layout contiguous -o x3d.json
-    g3dswap bench --render fp32.json --render bf16.json
+    g3dswap bench --render fp32.json --render bf16.json --plot both.svg
 
     Exit code 3: a kernel's result was wrong.
     """
+    if plot:
+        check_format(plot)
+        check_output(plot, force=force or resume)
     if render:
-        found = [Results.load(path) for path in render]
-        statistics = [options["statistic"] or results.header["statistic"] for results in found]
-        click.echo(markdown.document([a.by(b) for a, b in zip(found, statistics)]), nl=False)
+        _render(render, options["statistic"], plot)
         return
     if output is None:
         raise click.UsageError("Say where the results go, with -o.")
@@ -112,12 +116,22 @@ def bench(
         click.echo(f"{output} has what was measured; --resume goes on with it.", err=True)
         raise
     _print(results)
-    click.echo(f"Wrote {' and '.join(str(path) for path in (output, csv) if path)}.")
+    if plot:
+        draw([results], plot)
+    click.echo(f"Wrote {' and '.join(str(path) for path in (output, csv, plot) if path)}.")
     if wrong := results.wrong():
         raise VerificationError(
             f"{len(wrong)} of {len(results.rows)} kernels were wrong, the first {wrong[0].problem}; "
             "remove them with `g3dswap cache prune` and tune again."
         )
+
+
+def _render(files: tuple[Path, ...], statistic: str | None, plot: Path | None) -> None:
+    found = [Results.load(path) for path in files]
+    found = [results.by(statistic or results.header["statistic"]) for results in found]
+    if plot:
+        draw(found, plot)
+    click.echo(markdown.document(found), nl=False)
 
 
 def _settings(layers: Sequence[Any], options: dict[str, Any]) -> Settings:

@@ -134,10 +134,11 @@ class Row:
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """The inverse; KeyError, TypeError, ValueError or AttributeError for anything else."""
         fields = {name: data[name] for name in cls.__dataclass_fields__ if name != "compiled"}
-        compiled = data.get("compiled", {})  # files of earlier versions have none
+        # Files of earlier versions have neither of these.
+        compiled, problem = data.get("compiled", {}), {"transposed": False, **data["problem"]}
         check: dict[str, Any] = {k: math.inf if v is None else v for k, v in data["check"].items()}
         fields |= {
-            "problem": problem_from_json(data["problem"]),
+            "problem": problem_from_json(problem),
             "ours": Times(**data["ours"]),
             "torch": {layout: Times(**times) for layout, times in data["torch"].items()},
             "compiled": {layout: Times(**times) for layout, times in compiled.items()},
