@@ -83,7 +83,8 @@ def _axis_value(nest: Nest, axis: str, env: Mapping[str, Ints]) -> Ints:
     if fused is None:
         return _value(digits(nest, axis), env)
     flat = _value(digits(nest, fused.name), env) // fused.weight(axis)
-    return flat if axis == fused.parts[0] else flat % fused.extents[fused.parts.index(axis)]
+    block = flat if axis == fused.parts[0] else flat % fused.extents[fused.parts.index(axis)]
+    return block * nest.block(axis) + _value(digits(nest, axis), env)
 
 
 def _locate(

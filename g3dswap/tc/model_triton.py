@@ -1,67 +1,183 @@
-"""A cost model for Triton kernels on a large GPU: lane operations, coalescing, occupancy, bytes.
+"""A cost model for Triton kernels on a large GPU: issue slots, trips to the L1 cache, bytes, latency.
 
-Only the order that it gives to schedules matters; the constants are an H100-class device's.
+A warp's instructions are counted from the register tile, terms that vanish left out; a load of a word
+(`words`) is one instruction.  The slowest of four resources decides: the schedulers that issue, the L1
+cache, which serves 128 bytes a cycle, the device memory, and the latency of a chain of loads where there
+are too few programs to hide it.  Only the order that this gives to schedules matters; the constants are
+those of an H100-class device.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from .model_cpp import count
-from .nest import Access, Nest
+import numpy as np
+from numpy.typing import NDArray
+
+from .nest import Access, Loop, Nest
+from .words import ITEM_BYTES, WORD_BYTES
 
 BANDWIDTH = 4e12
-LANES = 2.5e13
-"""Multiply-adds a second, over all lanes."""
+PROCESSORS = 132
+CYCLES = 1.75e9
+ISSUES = 4 * 0.8
+"""Instructions that a multiprocessor issues in a cycle, at best and in practice."""
+LINE = 128
+LATENCY = 7e-7
+"""Seconds until a load from device memory, and what waits for it, is through."""
+REGISTERS = 65536
+LAUNCH = 3e-6
+WARP = 32
 
-LOAD = 4.0
-"""Multiply-adds that one load instruction takes the time of, when its lanes are consecutive."""
-
-SCATTERED = 6.0
-"""How much longer a load takes whose lanes are not."""
-
-RESIDENT = 132 * 8
-"""Programs that the device holds at a time."""
-
-LAUNCH = 4e-6
+Values = NDArray[np.int64]
 
 
-def cost(nest: Nest, batch: int = 4) -> float:
-    """Estimated seconds of a scheduled nest."""
+@dataclass(frozen=True)
+class Footprint:
+    """What one execution of the register tile reads of a factor.
+
+    elements, words: distinct ones; lines: trips to the cache of a warp's load of one word.
+    """
+
+    elements: int
+    words: int
+    lines: float
+    vector: bool
+
+
+def cost(nest: Nest, warps: int = 4, batch: int = 4) -> float:
+    """Estimated seconds of a scheduled nest, run by programs of so many warps."""
     counts = [loop.count or batch for loop in nest.loops]
-    runs = math.prod(counts[: nest.tile_start])
     programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
-    lanes = [loop for loop in nest.loops if loop.bind in ("lanes", "rows", "cols", "depth")]
-    elements = math.prod(loop.count or 1 for loop in lanes)
-    tile = count(nest)
-    per_load = max((_load(nest, f) for f in nest.factors), default=1.0)
-    operations = runs * (tile.terms * elements + tile.loads * per_load * LOAD + tile.broadcasts * 8.0 + 64.0)
-    stores = runs / max(1, math.prod(counts[nest.accumulate_from : nest.tile_start]))
-    operations += stores * tile.accumulators * _load(nest, nest.output) * LOAD
-    spill = max(1.0, tile.accumulators * elements / 8192)
-    idle = max(1.0, RESIDENT / max(1, programs)) ** 0.5
-    partials = math.prod(counts[i] for i in nest.partial_loops)
+    runs = math.prod(counts[: nest.tile_start]) // programs
+    lanes = _lanes(nest)
+    each = max(1.0, math.prod(p.count or 1 for p in lanes) / (WARP * warps))  # elements of a thread
+    alive, own = _tile(nest)
+    terms = int(alive.sum())
+    factors = [_footprint(nest, f, alive) for f in nest.factors]
+    accumulators = math.prod(p.count or 1 for p in own if not nest.is_reduce(p.axis))
+    half = ITEM_BYTES[nest.tensors[0].dtype] < 4
+    loads = sum(f.words for f in factors if f.vector)
+    issued = terms * each + 1.5 * loads * each + sum(f.words for f in factors if not f.vector) + 12
+    issued += half * sum(f.elements for f in factors if f.vector) * each
+    trips = sum(f.words * f.lines * (each if f.vector else 1) for f in factors)
+    summed = any(nest.is_reduce(p.axis) for p in lanes)
+    stores = accumulators * (each + 16 if summed else (2.5 if half else 1.5) * each)
+    results = runs / max(1, math.prod(counts[nest.accumulate_from : nest.tile_start]))
+    issued = runs * issued + results * stores + 80
+    trips = runs * trips + results * (
+        accumulators if summed else accumulators * each * _step(nest, nest.output)
+    )
+    held = sum(f.elements for f in factors if f.vector) - max(f.elements * f.vector for f in factors)
+    registers = min(255.0, 32 + (accumulators + min(held, 64)) * each)
+    spill = max(1.0, (32 + accumulators * each) / 200) ** 2
+    resident = max(1.0, min(64 // warps, REGISTERS // (registers * WARP * warps), 32))
+    busy = min(1.0, programs / PROCESSORS)
+    waves = max(1.0, programs / (PROCESSORS * resident))
+    partials = math.prod(counts[i] for i in nest.partial_loops) * (nest.partial_loops != ())
     out = math.prod(e or batch for e in nest.tensor(nest.output.tensor).shape)
-    traffic = sum(math.prod(e or batch for e in t.shape) for t in nest.tensors) + partials * out * 2
-    return max(operations * spill * idle / LANES, traffic * 4 / BANDWIDTH) + LAUNCH
+    elements = sum(math.prod(e or batch for e in t.shape) for t in nest.tensors)
+    traffic = elements * ITEM_BYTES[nest.tensors[0].dtype] + partials * out * 8
+    total = programs * warps / (PROCESSORS * busy * CYCLES)
+    seconds = max(
+        total * issued * spill / ISSUES,
+        total * trips * spill,
+        traffic / BANDWIDTH,
+        waves * LATENCY * (1 + 0.5 * runs),
+    )
+    return seconds + 0.15 * total * (issued / ISSUES + trips) + LAUNCH * (1 + (partials > 1))
 
 
-def _load(nest: Nest, access: Access) -> float:
-    """Lane operations of one load of a tile, more where its lanes are not consecutive in memory."""
+def _lanes(nest: Nest) -> list[Loop]:
+    return [loop for loop in nest.loops if loop.bind in ("lanes", "rows", "cols", "depth")]
+
+
+def _tile(nest: Nest) -> tuple[NDArray[np.bool_], list[Loop]]:
+    """Which terms of the unrolled tile do not vanish, and the loops that the array's dimensions are."""
+    own = [p for p in nest.loops[nest.tile_start :] if p.bind == "unroll"]
+    alive = np.ones([p.count or 1 for p in own], bool)
+    for access in nest.factors:
+        for index in access.indices:
+            whole = all(
+                p.step * nest.block(p.axis) * index.coefficient(p.axis) % index.divisor == 0
+                for p in nest.loops[: nest.tile_start]
+            )
+            if index.divisor > 1 and whole:
+                alive = alive & (_values(index.terms, index.offset, own) % index.divisor == 0)
+    return alive, own
+
+
+def _values(terms: tuple[tuple[str, int], ...], offset: int, own: list[Loop]) -> Values:
+    """The value of a linear index at each point of the tile, the outer loops at zero."""
+    value: Values = np.full([1] * len(own), offset, np.int64)
+    for axis, coefficient in terms:
+        for dim, loop in enumerate(own):
+            if loop.axis == axis:
+                shape = [-1 if d == dim else 1 for d in range(len(own))]
+                value = value + (np.arange(loop.count or 1) * (loop.step * coefficient)).reshape(shape)
+    return value
+
+
+def _footprint(nest: Nest, access: Access, alive: NDArray[np.bool_]) -> Footprint:
+    own = [p for p in nest.loops[nest.tile_start :] if p.bind == "unroll"]
+    tensor = nest.tensor(access.tensor)
+    width = _width(nest, access)
+    vector = any(access.axes & _parts(nest, p.axis) for p in _lanes(nest))
+    elements: Values = np.zeros(alive.shape, np.int64)
+    words = elements
+    for index, extent, stride in zip(access.indices, tensor.shape, tensor.strides):
+        value = _values(index.terms, index.offset, own) // index.divisor + (1 << 12)
+        elements = elements * 8191 + value
+        words = words * 8191 + (value // width if stride == 1 and extent != 1 else value)
+    return Footprint(
+        len(np.unique(elements[alive])),
+        len(np.unique(words[alive])),
+        _step(nest, access) * width**0.5,
+        vector,
+    )
+
+
+def _parts(nest: Nest, axis: str) -> frozenset[str]:
+    fused = nest.fused_axis(axis)
+    return frozenset(fused.parts if fused else (axis,))
+
+
+def _width(nest: Nest, access: Access) -> int:
+    """Elements that one load brings, as `words.word` finds it."""
+    tensor = nest.tensor(access.tensor)
+    runs = [d for d, (e, s) in enumerate(zip(tensor.shape, tensor.strides)) if s == 1 and e != 1]
+    width = WORD_BYTES // ITEM_BYTES[tensor.dtype]
+    if len(runs) != 1:
+        return 1
+    index, extent = access.indices[runs[0]], tensor.shape[runs[0]] or 1
+    steps = [extent, *(s for d, s in enumerate(tensor.strides) if d != runs[0] and tensor.shape[d] != 1)]
+    for loop in nest.loops:
+        if loop.bind == "unroll" and loop in nest.loops[nest.tile_start :]:
+            continue
+        for part in _parts(nest, loop.axis):
+            scale = nest.block(part) if nest.fusion_of(part) else loop.step
+            steps.append(index.coefficient(part) * scale // index.divisor)
+    while width > 1 and any(step % width for step in steps):
+        width //= 2
+    return width
+
+
+def _step(nest: Nest, access: Access) -> float:
+    """Cache lines that a warp's load of one element a lane touches, on average."""
     strides = nest.tensor(access.tensor).strides
-    lanes = [loop for loop in nest.loops if loop.bind in ("lanes", "rows", "cols", "depth")]
-    own = 1
-    consecutive = 1
-    for loop in lanes:
-        fused = nest.fused_axis(loop.axis)
-        last = fused.parts[-1] if fused else loop.axis
-        if access.axes & set(fused.parts if fused else (loop.axis,)):
-            own *= loop.count or 1
-        step = sum(s * i.coefficient(last) // i.divisor for i, s in zip(access.indices, strides)) * (
-            1 if fused else loop.step
-        )
-        if step == 1:
-            consecutive = min(loop.count or 1, nest.extent(loop.axis) or 1)
-    if own == 1:
+    size = ITEM_BYTES[nest.tensors[0].dtype]
+    lanes = _lanes(nest)
+    if not lanes:
         return 1.0
-    return own * (1.0 if consecutive >= 32 else SCATTERED if consecutive < 8 else 2.0)
+    loop = lanes[-1]
+    fused = nest.fused_axis(loop.axis)
+    last = fused.parts[-1] if fused else loop.axis
+    scale = nest.block(last) if fused else loop.step
+    step = sum(s * abs(i.coefficient(last)) // i.divisor for i, s in zip(access.indices, strides)) * scale
+    across = min(WARP, loop.count or 1)
+    lines = max(1.0, min(across, across * step * size / LINE) if step else 1.0)
+    rest = WARP // across
+    if rest > 1 and len(lanes) > 1 and access.axes & _parts(nest, lanes[-2].axis):
+        lines *= rest
+    return min(float(WARP), lines)

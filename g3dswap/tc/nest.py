@@ -7,6 +7,7 @@ The whole grammar::
                 with axes, fused axes, loops, stages
     axis    ::= name in [0, extent), parallel or reduce   extent None: the batch, known at run time
     fused   ::= name = (axis, ...)                        row-major flattening; inner extents may be padded
+                a part may have unrolled digits of its own: the flat index then counts blocks of that part
     index   ::= (sum coefficient * axis + offset) / divisor
                 an inexact division or an index outside its tensor makes the whole term zero
     loop    ::= axis-digit = step * [0, count)  bind      grid | serial | unroll | lanes | rows | cols | depth
@@ -41,7 +42,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Fused:
-    """Axes flattened row-major into one; `extents` are the parts' extents, padded but for the first."""
+    """Axes flattened row-major into one; `extents` are the parts' extents, padded but for the first.
+
+    Where a part has digits of its own, its extent here is the number of its blocks.
+    """
 
     name: str
     parts: tuple[str, ...]
@@ -168,6 +172,10 @@ class Nest:
     def is_reduce(self, name: str) -> bool:
         fused = self.fused_axis(name)
         return self.axis(fused.parts[0] if fused else name).reduce
+
+    def block(self, part: str) -> int:
+        """How many values of a part one step of its fused axis stands for: the part's own digits."""
+        return math.prod(loop.count or 1 for loop in self.loops if loop.axis == part)
 
     def covers(self, name: str) -> int | None:
         """How many values the digits of an axis run over, overshoot included."""
@@ -332,9 +340,13 @@ def verify_loops(nest: Nest) -> Nest:
         kinds = {nest.axis(p).reduce for p in fused.parts}
         _require(len(kinds) == 1, nest, "{} mixes kinds of axes", fused.name)
         for part, extent in zip(fused.parts, fused.extents):
-            own = nest.axis(part).extent
-            _require(own is not None and extent >= own, nest, "{} cuts or flattens {}", fused.name, part)
-    looped = {loop.axis for loop in nest.loops}
+            own, block = nest.axis(part).extent, nest.block(part)
+            fits = own is not None and extent * block >= own
+            _require(fits, nest, "{} cuts or flattens {}", fused.name, part)
+            if own and nest.is_reduce(part) and extent * block > own:
+                _require_ended(nest, part)
+    _verify_blocks(nest, fused_parts)
+    looped = {loop.axis for loop in nest.loops if loop.axis not in fused_parts}
     plain = [a.name for a in nest.axes if a.name not in fused_parts]
     _require(
         looped == {*plain, *(f.name for f in nest.fused)},
@@ -394,9 +406,22 @@ def _verify_digits(nest: Nest, name: str) -> None:
         span *= loop.count or 1
     _require(span >= extent, nest, "the digits of {} reach {} of {}", name, span, extent)
     if nest.is_reduce(name) and span > extent:
-        # Overshoot must add nothing: a factor that is indexed by the axis alone is zero there.
         fused = nest.fused_axis(name)
-        ended = {
-            i.terms[0][0] for a in nest.factors for i in a.indices if len(i.terms) == 1 and i.divisor == 1
-        }
-        _require(set(fused.parts if fused else [name]) <= ended, nest, "nothing ends the reduction {}", name)
+        for part in fused.parts if fused else [name]:
+            _require_ended(nest, part)
+
+
+def _verify_blocks(nest: Nest, parts: list[str]) -> None:
+    """Check the digits that parts of fused axes have of their own."""
+    step: dict[str, int] = {}
+    for loop in reversed([loop for loop in nest.loops if loop.axis in parts]):
+        _require(loop.bind == "unroll" and loop.count is not None, nest, "a block of {} is bound", loop.axis)
+        whole = loop.step == step.get(loop.axis, 1)
+        _require(whole, nest, "the digits of {} overlap or leave gaps", loop.axis)
+        step[loop.axis] = loop.step * (loop.count or 1)
+
+
+def _require_ended(nest: Nest, axis: str) -> None:
+    """Overshoot of a reduction must add nothing: a factor that is indexed by the axis alone is zero there."""
+    ended = {i.terms[0][0] for a in nest.factors for i in a.indices if len(i.terms) == 1 and i.divisor == 1}
+    _require(axis in ended, nest, "nothing ends the reduction {}", axis)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .nest import Access, Index, Linear, Nest, digits
+from .nest import Access, Fused, Index, Linear, Nest, digits
 from .place import Env, Guard, resolve
 
 
@@ -26,12 +26,16 @@ class Quotient:
 
 @dataclass(frozen=True)
 class Spot:
-    """tensor[address]; outside its guards, or where a numerator of `exact` does not divide, it is zero."""
+    """tensor[address]; outside its guards, or where a numerator of `exact` does not divide, it is zero.
+
+    run: the index of the one dimension whose elements are consecutive in memory, and its extent.
+    """
 
     tensor: str
     address: Linear
     guards: tuple[Guard, ...]
     exact: tuple[tuple[Linear, int], ...]
+    run: Guard | None = None
 
 
 class Spotter:
@@ -46,8 +50,16 @@ class Spotter:
         self.fixed = {f"v{i}": 0 for i, p in enumerate(nest.loops) if p.count == 1}
         self.quotients: dict[str, Quotient] = {}
         self._names: dict[Quotient, str] = {}
-        looped = {p.axis for p in nest.loops if nest.is_reduce(p.axis) and nest.overshoots(p.axis)}
-        self._ends = [(digits(nest, axis), nest.extent(axis) or 0) for axis in sorted(looped)]
+        looped = {p.axis for p in nest.loops if nest.is_reduce(p.axis) and nest.fusion_of(p.axis) is None}
+        self._ends = [
+            (digits(nest, axis), nest.extent(axis) or 0) for axis in sorted(looped) if nest.overshoots(axis)
+        ]
+        self._cut = [
+            part
+            for fused in nest.fused
+            for part, blocks in zip(fused.parts, fused.extents)
+            if nest.is_reduce(part) and blocks * nest.block(part) > (nest.extent(part) or 0)
+        ]
 
     def spot(self, access: Access, env: Env) -> Spot | None:
         """The spot of an access, or None where its term vanishes whatever the run-time loops do."""
@@ -61,6 +73,10 @@ class Spotter:
             for end, reach in self._ends:
                 if not self._guard(resolve(end, env), reach, guards):
                     return None
+            for part in self._cut:
+                if not self._guard(self._axis(part, env), self.nest.extent(part) or 0, guards):
+                    return None
+        runs = []
         for index, extent, stride in zip(access.indices, tensor.shape, tensor.strides):
             value = self._index(index, env, exact)
             if value is None:
@@ -68,7 +84,10 @@ class Spotter:
             address = address + value * stride
             if extent is not None and not self._guard(value, extent, guards):
                 return None
-        return Spot(access.tensor, self._joined(address), tuple(guards), tuple(exact))
+            if stride == 1 and extent is not None and extent > 1:
+                runs.append(Guard(value, extent))
+        run = runs[0] if len(runs) == 1 else None
+        return Spot(access.tensor, self._joined(address), tuple(guards), tuple(exact), run)
 
     def variables(self, form: Linear) -> Iterator[str]:
         """The loop variables that a form depends on."""
@@ -106,8 +125,10 @@ class Spotter:
     def _axis(self, axis: str, env: Env) -> Linear:
         """The value of an axis; a part of a fused one is decoded from the flat index, innermost first."""
         fused = self.nest.fusion_of(axis)
-        if fused is None:
-            return resolve(digits(self.nest, axis), env)
+        own = resolve(digits(self.nest, axis), env)
+        return own if fused is None else self._block(fused, axis, env) * self.nest.block(axis) + own
+
+    def _block(self, fused: Fused, axis: str, env: Env) -> Linear:
         value = resolve(digits(self.nest, fused.name), env)
         for part, extent in zip(reversed(fused.parts[1:]), reversed(fused.extents[1:])):
             if part == axis:

@@ -46,6 +46,8 @@ class _Printer(CopyPrinter):
         binds = [loop.bind for loop in nest.loops]
         if {"rows", "cols", "depth"} & set(binds) or binds.count("lanes") > 1:
             raise ScheduleError(f"C++ has one axis of lanes and no matrix unit, not [{', '.join(binds)}].")
+        if blocked := [part for fused in nest.fused for part in fused.parts if nest.block(part) > 1]:
+            raise ScheduleError(f"C++ flattens whole axes, but {blocked[0]} has digits of its own.")
         self.width = next((p.count or 1 for p in nest.loops if p.bind == "lanes"), 1)
         size = self.width * (8 if self.compute == "double" else 4)
         if size > MAX_VECTOR_BYTES or self.width & (self.width - 1):

@@ -16,6 +16,7 @@ from .nest import VECTOR_BINDS, Access, Loop, Nest
 from .place import Env
 from .place_nd import Spot
 from .triton_text import Expressions, parts
+from .words import Word, word
 
 MAX_TERMS = 2000
 MAX_ACCUMULATORS = 128
@@ -157,7 +158,16 @@ class _Printer:
 
     def load(self, prefix: str, spot: Spot, role: str, condition: str = "") -> str:
         """The name of a load, made if need be; where the tensor has no element it is zero."""
-        pointer = self.write.pointer(spot, role)
+        found = None if role or condition or not self.write.reach(spot.address) else word(spot, self.dtype)
+        if found is not None:
+            wide, place = found
+            whole = self.read("w", wide.spot, "", "", self.text.variable(*wide.base))
+            return self.text.define(prefix, wide.element(whole, place))
+        return self.read(prefix, spot, role, condition)
+
+    def read(self, prefix: str, spot: Spot, role: str, condition: str, base: str = "") -> str:
+        """The name of one load instruction; a word, which `base` points to, is not converted."""
+        pointer = self.write.pointer(spot, role, base=base)
         mask, reach = self.write.mask(spot, role)
         if role:
             side = "rows" if role == "a" else "cols"
@@ -166,8 +176,9 @@ class _Printer:
             # Pointers have the shape of the mask, and that of the operand of a matrix product.
             pointer = f"{pointer} + {self.write.symbol(symbol, role)} * 0"
         mask = " & ".join(m for m in (condition, mask) if m)
-        text = f"tl.load({pointer}, mask={mask}, other=0.0)" if mask else f"tl.load({pointer})"
-        if self.dtype != self.compute and not role:
+        other = "0" if base else "0.0"
+        text = f"tl.load({pointer}, mask={mask}, other={other})" if mask else f"tl.load({pointer})"
+        if self.dtype != self.compute and not role and not base:
             text += f".to(tl.{self.compute})"
         return self.text.define(prefix, text)
 
@@ -250,22 +261,44 @@ class _Printer:
     # Results
 
     def store(self, env: Env) -> None:
+        words: dict[Word, dict[int, tuple[Spot, str]]] = {}
+        single: list[tuple[Spot, str]] = []
         for key, point in self.accumulators(env).items():
             spot = self.spot(self.nest.output, point)
             assert spot is not None
-            value = self.name(key)
-            if len(self.sums) == len(self.write.dims) > 0:
-                value = self.result(f"tl.sum({value})")
+            value = self.total(self.name(key), point)
+            tiled = self.write.reach(spot.address) and not self.sums and not self.nest.partial_loops
+            found = word(spot, self.dtype) if tiled else None
+            if found is None:
+                single.append((spot, value))
             else:
-                for dim in self.sums:
-                    value = self.result(f"tl.sum({value}, axis={dim}, keep_dims=True)")
-            for addend in self.nest.addends:
-                value = self.add(value, addend, point)
+                words.setdefault(found[0], {})[found[1]] = (spot, value)
+        for whole, elements in words.items():
+            if len(elements) < whole.width:
+                single += elements.values()
+                continue
+            text = whole.text([elements[place][1] for place in range(whole.width)])
+            self.write_out(whole.spot, text, self.text.variable(*whole.base))
+        for spot, value in single:
             if not self.nest.partial_loops and self.dtype != self.compute:
                 value = f"{value}.to(tl.{self.dtype})"
-            pointer = self.write.pointer(spot, "", self.shift())
-            mask, _ = self.write.mask(spot, "")
-            self.text.emit(f"tl.store({pointer}, {value}{f', mask={mask}' if mask else ''})")
+            self.write_out(spot, value)
+
+    def total(self, value: str, point: Env) -> str:
+        """An accumulator's value summed over the lanes of reductions, with the addends."""
+        if len(self.sums) == len(self.write.dims) > 0:
+            value = self.result(f"tl.sum({value})")
+        else:
+            for dim in self.sums:
+                value = self.result(f"tl.sum({value}, axis={dim}, keep_dims=True)")
+        for addend in self.nest.addends:
+            value = self.add(value, addend, point)
+        return value
+
+    def write_out(self, spot: Spot, value: str, base: str = "") -> None:
+        pointer = self.write.pointer(spot, "", self.shift(), base)
+        mask, _ = self.write.mask(spot, "")
+        self.text.emit(f"tl.store({pointer}, {value}{f', mask={mask}' if mask else ''})")
 
     def shift(self) -> str:
         """How far this program's partial result lies behind the first, in elements ("": there is one)."""

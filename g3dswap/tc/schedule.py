@@ -7,7 +7,9 @@ the rest of the extent, so the same schedule fits another image size.  It is wri
 
 The order is the loop order, outermost first.  Of the digits of one axis, an earlier one is more
 significant; a `phase` digit is the least significant wherever it stands, which is how an axis is split
-by a stride (t = 2 * t' + phase) so that an exact division is decided at compile time.
+by a stride (t = 2 * t' + phase) so that an exact division is decided at compile time.  The digits of a
+part of a fused axis are less significant than the fused axis's: "h*w 128 lanes | w 4 unroll" gives each
+lane a block of four columns.
 """
 
 from __future__ import annotations
@@ -104,7 +106,7 @@ def apply(nest: Nest, schedule: Schedule) -> Nest:
     """
     staged = {tensor for tensor, _ in schedule.stage}
     try:
-        fused = tuple(_fuse(nest, parts, staged) for parts in schedule.fuse)
+        fused = tuple(_fuse(nest, parts, staged, schedule) for parts in schedule.fuse)
         scheduled = replace(nest, fused=fused, loops=(), stages=(), _by_name={})
         loops = _loops(scheduled, schedule)
         stages = tuple(Stage(tensor, level) for tensor, level in schedule.stage)
@@ -113,7 +115,7 @@ def apply(nest: Nest, schedule: Schedule) -> Nest:
         raise ScheduleError(f"schedule [{schedule}] does not fit nest {nest.name}: {error}") from error
 
 
-def _fuse(nest: Nest, parts: tuple[str, ...], staged: set[str]) -> Fused:
+def _fuse(nest: Nest, parts: tuple[str, ...], staged: set[str], schedule: Schedule) -> Fused:
     """Flatten axes; where a staged tensor is read at shifted positions, rows are padded so that a shift
     in any part is one constant step of the flat index."""
     extents = []
@@ -130,7 +132,8 @@ def _fuse(nest: Nest, parts: tuple[str, ...], staged: set[str]) -> Fused:
                 if coefficient:
                     spans = (abs(c) * ((nest.axis(a).extent or 1) - 1) for a, c in index.terms if a != part)
                     reach = max(reach, sum(spans) // abs(coefficient))
-        extents.append(extent + reach)
+        block = math.prod(d.count or 1 for d in schedule.digits if d.axis == part)
+        extents.append(-(-(extent + reach) // block))
     return Fused(fused_name(parts), parts, tuple(extents))
 
 

@@ -18,6 +18,9 @@ from .schedule import Digit, Schedule, apply
 CLIMBS = 6
 """Families of C++ schedules whose tiles are worked out; the model puts the others far behind."""
 
+LEADERS = 8
+"""Tiles of a family of Triton schedules that are tried with all counts of lanes."""
+
 A_FAMILY = 2
 """Most schedules of one family among the ranked ones, so that a wrong model cannot hide the right family."""
 
@@ -39,7 +42,9 @@ class Space:
         """Model seconds; infinite for a schedule that is not legal here."""
         try:
             scheduled = apply(self.nest, schedule)
-            return cost_cpp(scheduled, self.threads) if self.target == "cpp" else model_triton.cost(scheduled)
+            if self.target == "cpp":
+                return cost_cpp(scheduled, self.threads)
+            return model_triton.cost(scheduled, schedule.hint("warps", 4))
         except ScheduleError:
             return math.inf
 
@@ -70,13 +75,15 @@ class Space:
         return families
 
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
-        by_lanes: dict[tuple[tuple[str, ...], ...], list[tuple[float, Schedule]]] = {}
-        for point in space_triton.points(self.nest):
-            schedule = point.schedule(self.nest)
-            seconds = self.cost(schedule)
-            if seconds < math.inf:
-                by_lanes.setdefault(tuple(axes for axes, _ in point.lanes), []).append((seconds, schedule))
-        return list(by_lanes.values())
+        families = []
+        for first, rest in space_triton.families(self.nest):
+            seen = {point: self.cost(point.schedule(self.nest)) for point in first}
+            leaders = {point.tile for point in sorted(seen, key=lambda p: seen[p])[:LEADERS]}
+            for point in rest:
+                if point.tile in leaders and point not in seen:
+                    seen[point] = self.cost(point.schedule(self.nest))
+            families.append([(c, p.schedule(self.nest)) for p, c in seen.items() if c < math.inf])
+        return families
 
     def default(self) -> Schedule:
         """The best schedule by the model that prints.  ScheduleError: there is none."""

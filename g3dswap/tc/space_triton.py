@@ -10,28 +10,42 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .nest import Nest
 from .schedule import Digit, Schedule, fused_name
 from .space_cpp import SIDE, lane_axes, phases, reduces, shares
 
-MAX_TERMS = 160
-MAX_ELEMENTS = 8192
-"""Accumulator elements of one program: 64 registers of 128 threads."""
+MAX_TERMS = 1000
+MAX_OUTPUTS = 64
+"""Accumulators of one lane, at most."""
 
-PROGRAMS = 1024
-"""Enough programs for every multiprocessor of a large GPU to hold several."""
+MAX_ELEMENTS = 16384
+"""Accumulator elements of one program: 128 registers of 128 threads."""
+
+PROGRAMS = (600, 2400)
+"""How many programs a split reduction is to give: one or more for each multiprocessor of a large GPU."""
+
+WARP = 32
+
+BATCH = 4
+"""The batch that is assumed where programs are counted."""
+
+Lanes = tuple[tuple[tuple[str, ...], int], ...]
+Tile = tuple[tuple[str, int], ...]
+Split = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class Point:
     """lanes: (axes, count) for each dimension of the program's tile, the fastest in memory last.
-    split: reductions whose outer digit is on the grid."""
+    tile:  unroll counts; of an axis that lanes run along, the block that each lane has.
+    split: reductions whose outer digit is on the grid, and how many steps of them a program makes."""
 
-    lanes: tuple[tuple[tuple[str, ...], int], ...]
-    tile: tuple[tuple[str, int], ...]
-    split: tuple[str, ...]
+    lanes: Lanes
+    tile: Tile
+    split: Split
     warps: int
 
     def schedule(self, nest: Nest) -> Schedule:
@@ -40,16 +54,15 @@ class Point:
         names = list(
             dict.fromkeys(next((n for n, p in fused.items() if a.name in p), a.name) for a in nest.axes)
         )
-        grid = [n for n in names if not reduces(nest, n) or n in self.split]
-        serial = [n for n in names if n not in grid]
-        digits = [Digit(n, None, "grid") for n in grid] + [Digit(n, None, "serial") for n in serial]
-        digits += [Digit(a, c, "unroll") for a, c in self.tile if c > 1]
+        split = dict(self.split)
+        grid = [n for n in names if not reduces(nest, n) or n in split]
+        serial = [Digit(n, split.get(n), "serial") for n in names if reduces(nest, n) and split.get(n) != 1]
+        digits = [Digit(n, None, "grid") for n in grid] + serial
+        digits += [Digit(a, c, "unroll") for a, c in self.tile if c > 1 and a not in parts]
         digits += [Digit(fused_name(axes), count, "lanes") for axes, count in self.lanes]
-        digits += [
-            Digit(a, p, "unroll", True)
-            for a, p in phases(nest).items()
-            if a not in parts or (a,) in fused.values()
-        ]
+        blocks = {a: c for a, c in self.tile if c > 1 and a in parts}
+        whole = {a: p for a, p in phases(nest).items() if a not in parts or (a,) in fused.values()}
+        digits += [Digit(a, c, "unroll", True) for a, c in {**whole, **blocks}.items()]
         groups = tuple(axes for axes, _ in self.lanes if len(axes) > 1)
         return Schedule(tuple(digits), groups, (), (("warps", self.warps),))
 
@@ -60,8 +73,11 @@ class Point:
         lanes = tuple(
             (groups.get(d.axis, (d.axis,)), d.count or 1) for d in schedule.digits if d.bind == "lanes"
         )
-        tile = tuple((d.axis, d.count or 1) for d in schedule.digits if d.bind == "unroll" and not d.phase)
-        grid = tuple(d.axis for d in schedule.digits if d.bind == "grid")
+        parts = {a for axes, _ in lanes for a in axes}
+        unrolled = [d for d in schedule.digits if d.bind == "unroll"]
+        tile = tuple((d.axis, d.count or 1) for d in unrolled if not d.phase or d.axis in parts)
+        steps = {d.axis: d.count or 1 for d in schedule.digits if d.bind == "serial"}
+        grid = tuple((d.axis, steps.get(d.axis, 1)) for d in schedule.digits if d.bind == "grid")
         return cls(lanes, tile, grid, schedule.hint("warps", 4))
 
 
@@ -70,19 +86,20 @@ def _power(extent: int, most: int) -> int:
     return min(most, 1 << max(0, extent - 1).bit_length())
 
 
-def lane_sets(nest: Nest) -> list[tuple[tuple[tuple[str, ...], int], ...]]:
+def lane_sets(nest: Nest) -> list[Lanes]:
     """One or two lane dimensions, the last of which ends in an axis that is consecutive in memory."""
     runs = [(axes, math.prod(nest.extent(a) or 1 for a in axes)) for axes in lane_axes(nest)]
     runs = [(axes, extent) for axes, extent in runs if not any(_side(nest, a) for a in axes)]
     fast = [(axes, extent) for axes, extent in runs if _consecutive(nest, axes[-1])] or runs
-    found: list[tuple[tuple[tuple[str, ...], int], ...]] = []
+    found: list[Lanes] = []
     for axes, extent in fast:
         widths = [w for w in (32, 64, 128, 256, 512) if w <= max(32, _power(extent, 512))]
         found += [((axes, width),) for width in widths]
         for others, many in runs:
-            if set(others) & set(axes) or nest.is_reduce(others[0]) != nest.is_reduce(axes[0]):
+            mixed = nest.is_reduce(others[0]) != nest.is_reduce(axes[0])
+            if set(others) & set(axes) or mixed or len(others) > 1:
                 continue
-            for width, other in itertools.product((16, 32, 64), (4, 16)):
+            for width, other in ((16, 8), (32, 4), (64, 4)):
                 if width <= max(16, _power(extent, 64)) and other <= max(4, _power(many, 16)):
                     found.append(((others, other), (axes, width)))
     return found
@@ -110,47 +127,72 @@ def _side(nest: Nest, axis: str) -> bool:
     return short and any(longer)
 
 
-def tiles(nest: Nest, lanes: tuple[tuple[tuple[str, ...], int], ...]) -> list[tuple[tuple[str, int], ...]]:
-    """Unroll counts: kernel sides whole, and windows over axes that share loads between their steps."""
+def tiles(nest: Nest, lanes: Lanes) -> list[Tile]:
+    """Unroll counts: as many kernel sides as fit, windows over axes that share loads between their steps,
+    and blocks of the axes that the lanes run along."""
     covered = {a for axes, _ in lanes for a in axes}
     split = phases(nest)
     sides = [a for a in nest.axes if a.name not in covered and (a.extent or 0) > 1 and _side(nest, a.name)]
     windows = []
     for axis in nest.axes:
-        if axis.name in covered or axis in sides or (axis.extent or 0) <= 1 or not shares(nest, axis.name):
+        extent = axis.extent or 1
+        if axis in sides or extent <= 1:
             continue
-        most = 2 if axis.name in split else 8
-        windows.append([(axis.name, c) for c in (1, 2, 4, 8) if c <= min(most, axis.extent or 1)])
+        phase = split.get(axis.name, 1)
+        if axis.name in covered:
+            choices = [c for c in (1, 2, 4) if c <= extent and (c % phase == 0 or c == 1)]
+        elif axis.reduce and not shares(nest, axis.name):
+            choices = [1, extent] if extent <= SIDE and _consecutive(nest, axis.name) else [1]
+        elif shares(nest, axis.name):
+            choices = [c for c in (1, 2, 4, 8, 16) if c * phase <= max(extent, phase)]
+        else:
+            choices = [c for c in (1, 2, 4) if c <= extent] if _consecutive(nest, axis.name) else [1]
+        windows.append([(axis.name, c) for c in choices])
     found = []
-    for keep in range(len(sides) + 1):
-        for window in itertools.product(*windows):
-            tile = tuple((a.name, a.extent or 1) for a in sides[keep:]) + tuple(w for w in window if w[1] > 1)
-            few = sum(c > 1 for _, c in window) <= 2
-            if few and math.prod(c for _, c in tile) * math.prod(split.values()) <= MAX_TERMS:
-                found.append(tile)
+    for window in itertools.product(*windows):
+        own = tuple(w for w in window if w[1] > 1)
+        uncovered = math.prod(p for a, p in split.items() if a not in covered)
+        outputs = math.prod(c for a, c in own if not nest.axis(a).reduce) * uncovered
+        count = math.prod(c for _, c in own) * uncovered
+        if outputs > MAX_OUTPUTS or len(own) > 4:
+            continue
+        kept = len(sides)
+        while kept and count * (sides[kept - 1].extent or 1) <= MAX_TERMS:
+            kept -= 1
+            count *= sides[kept].extent or 1
+        found.append(tuple((a.name, a.extent or 1) for a in sides[kept:]) + own)
     return found
 
 
-def points(nest: Nest) -> list[Point]:
-    found = []
+def families(nest: Nest) -> Iterator[tuple[list[Point], list[Point]]]:
+    """For each choice of axes for the lanes: every tile with one count of lanes, and with the others."""
+    by_axes: dict[tuple[tuple[str, ...], ...], list[Lanes]] = {}
     for lanes in lane_sets(nest):
-        elements = math.prod(width for _, width in lanes)
-        for tile in tiles(nest, lanes):
-            own = math.prod(c for a, c in tile if not nest.is_reduce(a)) * math.prod(phases(nest).values())
-            if elements * own <= MAX_ELEMENTS:
-                found.append(Point(lanes, tile, splits(nest, lanes, tile), max(1, min(8, elements // 64))))
-    return found
+        by_axes.setdefault(tuple(axes for axes, _ in lanes), []).append(lanes)
+    for sets in by_axes.values():
+        unrolled = tiles(nest, sets[0])
+        typical = sets[len(sets) // 2]
+        first = [p for tile in unrolled for p in _points(nest, typical, tile)[:1]]
+        yield first, [p for lanes in sets for tile in unrolled for p in _points(nest, lanes, tile)]
 
 
-def splits(
-    nest: Nest, lanes: tuple[tuple[tuple[str, ...], int], ...], tile: tuple[tuple[str, int], ...]
-) -> tuple[str, ...]:
+def _points(nest: Nest, lanes: Lanes, tile: Tile) -> list[Point]:
+    elements = math.prod(width for _, width in lanes)
+    own = math.prod(c for a, c in tile if not nest.is_reduce(a)) * math.prod(phases(nest).values())
+    if elements * own > MAX_ELEMENTS:
+        return []
+    return [
+        Point(lanes, tile, split, max(1, min(8, elements // WARP))) for split in splits(nest, lanes, tile)
+    ]
+
+
+def splits(nest: Nest, lanes: Lanes, tile: Tile) -> list[Split]:
     """Reductions to split so that there are enough programs: the batch first, then the longest.
 
     Nothing is split where the result has the batch, which makes programs enough, and large partial results.
     """
     if any(axis.extent is None and not axis.reduce for axis in nest.axes):
-        return ()
+        return [()]
     counts = dict(tile)
     own = {fused_name(axes): (axes, width) for axes, width in lanes}
     parts = {a for axes, _ in lanes for a in axes}
@@ -158,19 +200,22 @@ def splits(
     reductions = []
     for name in [*own, *(a.name for a in nest.axes if a.name not in parts)]:
         axes, width = own.get(name, ((name,), 1))
-        batch = any(nest.extent(a) is None for a in axes)
-        extent = math.prod(nest.extent(a) or 1 for a in axes if nest.extent(a) is not None)
-        steps = -(-extent // (width * counts.get(name, 1)))
+        extents = [-(-(nest.extent(a) or BATCH) // counts.get(a, 1)) for a in axes]
+        steps = -(-math.prod(extents) // width)
         if not reduces(nest, name):
             programs *= steps
-        elif batch or steps > SIDE:
-            reductions.append((batch, steps, name))
-    chosen = []
-    for _, steps, name in sorted(reductions, reverse=True):
-        if programs < PROGRAMS:
-            chosen.append(name)
-            programs *= steps
-    return tuple(chosen)
+        elif steps > 1:
+            reductions.append((any(nest.extent(a) is None for a in axes), steps, name))
+    found = []
+    for wanted in PROGRAMS:
+        chosen, many = [], programs
+        for batch, steps, name in sorted(reductions, reverse=True):
+            if many < wanted:
+                chunk = 1 if batch else max(1, steps * many // wanted)
+                chosen.append((name, chunk))
+                many *= -(-steps // chunk)
+        found.append(tuple(chosen))
+    return list(dict.fromkeys(found))
 
 
 def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
@@ -182,18 +227,24 @@ def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
         width = max(4, min(1024, width * 2 if rng.random() < 0.5 else width // 2))
         return replace(point, lanes=(*point.lanes[:i], (axes, width), *point.lanes[i + 1 :]))
     if choice == 1:
-        return replace(point, tile=rng.choice(tiles(nest, point.lanes)))
+        return replace(point, tile=_near(tiles(nest, point.lanes), point.tile, rng))
     if choice == 2:
-        reductions = [
-            d.axis for d in point.schedule(nest).digits if d.count is None and reduces(nest, d.axis)
-        ]
-        if reductions:
-            name = rng.choice(reductions)
-            split = (
-                tuple(s for s in point.split if s != name) if name in point.split else (*point.split, name)
-            )
-            return replace(point, split=split)
+        options = splits(nest, point.lanes, point.tile)
+        own = tuple((n, c) for n, c in point.split if reduces(nest, n))
+        halved = tuple((n, max(1, c // 2)) for n, c in own)
+        doubled = tuple((n, c * 2 if c > 1 else c) for n, c in own)
+        return replace(point, split=rng.choice([*options, halved, doubled]))
     return replace(point, warps=rng.choice((1, 2, 4, 8)))
+
+
+def _near(choices: list[Tile], tile: Tile, rng: random.Random) -> Tile:
+    """One of the tiles that differ in the fewest counts, or now and then any."""
+    if rng.random() < 0.2:
+        return rng.choice(choices)
+    own = set(tile)
+    ranked = sorted((len(own ^ set(other)), i) for i, other in enumerate(choices) if set(other) != own)
+    near = [choices[i] for distance, i in ranked if distance <= max(2, ranked[0][0])]
+    return rng.choice(near) if near else tile
 
 
 def random_point(nest: Nest, rng: random.Random) -> Point:
@@ -207,4 +258,6 @@ def random_point(nest: Nest, rng: random.Random) -> Point:
     covered = {a for axes, _ in lanes for a in axes}
     tile = tuple((a, c) for a, c in tile if a not in covered)
     reductions = [a.name for a in nest.axes if a.reduce and a.name not in covered]
-    return Point(lanes, tile, tuple(a for a in reductions if rng.random() < 0.3), rng.choice((1, 2, 4)))
+    split = tuple((a, 1) for a in reductions if rng.random() < 0.3)
+    blocks = tuple((a, c) for a in sorted(covered) if (c := rng.choice((1, 1, 2, 3, 4))) > 1)
+    return Point(lanes, tile + blocks, split, rng.choice((1, 2, 4)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import math
 from collections.abc import Iterator
 
 from .nest import VECTOR_BINDS, Linear, Nest
@@ -101,13 +102,17 @@ class Expressions:
         for level in sorted(set(levels)):
             yield level, Linear(0, tuple(t for t, own in zip(form.terms, levels) if own == level))
 
-    def pointer(self, spot: Spot, role: str, shift: str = "") -> str:
-        """The address of a spot: a scalar pointer, moved on where loops begin, and the offset of the tile."""
+    def pointer(self, spot: Spot, role: str, shift: str = "", base: str = "") -> str:
+        """The address of a spot: a scalar pointer, moved on where loops begin, and the offset of the tile.
+
+        base: what the address counts from, where that is not the tensor itself.
+        """
         wide = self.spotter.span(spot.tensor) > INT32_MAX
         tiled = {term: bool(self.reach(Linear(0, (term,)))) for term in spot.address.terms}
         scalars = Linear(0, tuple(t for t, is_tiled in tiled.items() if not is_tiled))
         tiles = Linear(0, tuple(t for t, is_tiled in tiled.items() if is_tiled))
-        pointer = self.text.define("p", f"{spot.tensor} + {shift}", 0) if shift else spot.tensor
+        base = base or spot.tensor
+        pointer = self.text.define("p", f"{base} + {shift}", 0) if shift else base
         for level, part in self._by_level(scalars):
             step = self.sum(part, role, wide)
             # Integers are added to each other before they are added to a pointer.
@@ -144,13 +149,13 @@ class Expressions:
         # 0 <= value < extent as bounds of the form without its constant: equal forms are written once.
         form = Linear(0, guard.value.terms)
         bottom, top = -guard.value.const, guard.extent - guard.value.const
-        while len(form.terms) == 1 and form.terms[0][1] > 0:
+        while True:
             # c * x >= b is x >= ceil(b / c), and x // e >= b is x >= b * e: no division at run time.
-            symbol, coefficient = form.terms[0]
-            bottom, top = -(-bottom // coefficient), -(-top // coefficient)
-            form = Linear(0, ((symbol, 1),))
-            quotient = self.spotter.quotients.get(symbol)
-            if quotient is None or quotient.op != "//":
+            common = math.gcd(*(c for _, c in form.terms))
+            bottom, top = -(-bottom // common), -(-top // common)
+            form = Linear(0, tuple((s, c // common) for s, c in form.terms))
+            quotient = self.spotter.quotients.get(form.terms[0][0])
+            if len(form.terms) > 1 or form.terms[0][1] < 0 or quotient is None or quotient.op != "//":
                 break
             form = Linear(0, quotient.form.terms)
             bottom, top = (b * quotient.number - quotient.form.const for b in (bottom, top))
