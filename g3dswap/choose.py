@@ -9,6 +9,7 @@ warning.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -16,7 +17,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from . import ranks
+from . import ranks, remote
 from .choice import Choice, Record
 from .comprehensions import nest
 from .errors import ArgumentError, G3DSwapWarning, NoCompilerError, ScheduleError
@@ -34,7 +35,7 @@ from .tc import kernel
 from .tc.cache import Cache, Entry, default_directory
 from .tc.schedule import Schedule
 from .tc.space import Space
-from .tc.tuner import TunerConfig, describe, tune
+from .tc.tuner import TunerConfig, Workload, describe, tune
 from .workload import Candidate, PassWorkload, build, quick_check, tuning_batch
 
 EFFORTS = {"none": 0, "cached": 0, "quick": 1, "full": 2}
@@ -326,13 +327,13 @@ class Chooser:
         name = f"{label} {problem.direction}".strip()
         key = self.key(problem)
         try:
-            workload = PassWorkload(problem, batch)
-            # Large problems take their time before the first trial; some of it comes off the budget.
-            left = max(self.config.seconds - (time.monotonic() - began), 0.6 * self.config.seconds)
-            config = replace(self.config, seconds=left)
-            seeds = [Schedule.from_json(before.schedule)] if before and before.schedule else []
-            rng = random.Random(json.dumps(key, sort_keys=True))
-            result = tune(workload, config, rng, partial(self.bar.update, name), seeds)
+            with _workload(problem, batch) as workload:
+                # Large problems take their time before the first trial; some of it comes off the budget.
+                left = max(self.config.seconds - (time.monotonic() - began), 0.6 * self.config.seconds)
+                config = replace(self.config, seconds=left)
+                seeds = [Schedule.from_json(before.schedule)] if before and before.schedule else []
+                rng = random.Random(json.dumps(key, sort_keys=True))
+                result = tune(workload, config, rng, partial(self.bar.update, name), seeds)
         except NoCompilerError:
             raise
         except Exception as error:
@@ -347,9 +348,9 @@ class Chooser:
             self.cache.put(key, record.to_json())
         what = "tuned until interrupted" if result.interrupted else "tuned"
         what += f" ({', '.join(f'{count} {category}' for category, count in record.counts.items())})"
-        choice = self._verdict(problem, record, "tuned", what, result.candidate)
-        assert choice
-        return choice
+        here = result.candidate if isinstance(result.candidate, Candidate) else None
+        choice = self._verdict(problem, record, "tuned", what, here)
+        return choice or native(problem, f"{what}, but its kernel fails here", record.native_seconds)
 
     def _nearest(self, problem: Problem) -> Choice | None:
         """The choice for the most similar image size that was tuned, or under other versions."""
@@ -392,6 +393,16 @@ class Chooser:
 
     def _advise(self, what: str) -> None:
         _warn("untuned", f'{what}; run "g3dswap tune" or convert with tune="quick" for faster kernels.')
+
+
+@contextlib.contextmanager
+def _workload(problem: Problem, batch: int) -> Iterator[Workload[Schedule, Any]]:
+    """The problem as the tuner sees it, in this process or in another."""
+    if not remote.runs_apart(problem):
+        yield PassWorkload(problem, batch)
+        return
+    with contextlib.closing(remote.RemoteWorkload(problem, batch)) as workload:
+        yield workload
 
 
 def native(problem: Problem, reason: str, native_seconds: float | None = None) -> Choice:

@@ -52,6 +52,10 @@ class NoCompilerError(CompileError):
     """No compiler for the target on this machine."""
 
 
+class ProcessError(G3DSwapError, RuntimeError):
+    """A child process that compiles or measures kernels ended, or cannot be started."""
+
+
 class CacheError(G3DSwapError, OSError):
     """The options cache cannot be used as asked."""
 

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,7 +20,8 @@ from .schedule import Schedule, apply
 GENERATOR = "1"
 """Raised when the same schedule begins to print another kernel; part of every cache key."""
 
-TARGETS = ("cpp", "triton")
+_RUNTIMES: dict[str, Any] = {"cpp": runtime_cpp, "triton": runtime_triton}
+TARGETS = tuple(_RUNTIMES)
 
 Launch = Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]
 
@@ -31,8 +33,7 @@ def target_of(device: str) -> str:
 
 def versions(target: str) -> dict[str, str]:
     """What a tuned schedule depends on beside the device: the generator and the target's compiler."""
-    runtime = runtime_cpp if target == "cpp" else runtime_triton
-    return {"generator": GENERATOR, "compiler": runtime.version()}
+    return {"generator": GENERATOR, "compiler": _RUNTIMES[target].version()}
 
 
 def require(target: str) -> None:
@@ -108,9 +109,21 @@ def build(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) ->
     Thread-safe.  Raises ScheduleError (no such kernel), CompileError (the compiler failed or took
     longer than `timeout` seconds) or NoCompilerError.
     """
+    scheduled, source = _printed(nest, schedule, target)
+    return Kernel(scheduled, schedule, source, _RUNTIMES[target].load(scheduled, schedule, source, timeout))
+
+
+def prepare(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) -> None:
+    """Print and compile a kernel without loading it: a later `build`, in any process, need only load it.
+
+    Errors are those of `build`.
+    """
+    scheduled, source = _printed(nest, schedule, target)
+    _RUNTIMES[target].prepare(scheduled, schedule, source, timeout)
+
+
+def _printed(nest: Nest, schedule: Schedule, target: str) -> tuple[Nest, str]:
     if target not in TARGETS:
         raise ArgumentError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}.")
     scheduled = apply(nest, schedule)
-    runtime, printer = (runtime_cpp, print_cpp) if target == "cpp" else (runtime_triton, print_triton)
-    source = printer(scheduled)
-    return Kernel(scheduled, schedule, source, runtime.load(scheduled, schedule, source, timeout))
+    return scheduled, (print_cpp if target == "cpp" else print_triton)(scheduled)

@@ -45,7 +45,9 @@ def _private() -> Path:
     """A folder for this process alone, where the cache folder cannot be written."""
     if not _temporary:
         _temporary.append(tempfile.TemporaryDirectory(prefix="g3dswap-"))
-    return Path(_temporary[0].name)
+    path = Path(_temporary[0].name) / "objects"
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
 
 
 def seal(path: Path) -> None:

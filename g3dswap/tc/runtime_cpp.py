@@ -69,13 +69,18 @@ def load(
     nest: Nest, schedule: Schedule, source: str, timeout: float
 ) -> Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]:
     """The launch function of a printed kernel."""
-    del schedule  # its hints say nothing to this target
+    return _bind(prepare(nest, schedule, source, timeout), len(nest.operands), nest.name)
+
+
+def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Path:
+    """The shared object of a kernel, compiled unless it was before, and not loaded."""
+    del nest, schedule  # everything is in the source
     command = compiler()
     name = digest(source, version(), *FLAGS)
     path = folder() / f"{name}.so"
     if not intact(path):
         _compile(command, source, path, timeout)
-    return _bind(path, len(nest.operands), nest.name)
+    return path
 
 
 def _compile(command: str, source: str, path: Path, timeout: float) -> None:

@@ -6,19 +6,21 @@ Triton's interpreter, slowly; this is how they are tested without a GPU.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
-from importlib.machinery import SourceFileLoader
+from functools import partial
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
 
 from ..errors import CompileError, NoCompilerError, ScheduleError
+from .children import first_line
+from .compile_triton import Job, compiled, dtype_pointers, import_kernel
+from .compile_triton import source as ast_source
 from .nest import Nest
 from .objects import digest, folder, intact, seal
 from .schedule import Schedule
@@ -29,6 +31,8 @@ except ImportError:
     triton = None
 
 MAX_PROGRAMS = 2**31 - 1
+
+_target_lock = threading.Lock()  # Triton sets its driver up at the first question
 
 Launch = Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]
 
@@ -47,52 +51,45 @@ def require() -> None:
 def load(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Launch:
     """The launch function of a printed kernel, compiled for the current device.
 
-    NoCompilerError: no Triton or no GPU.  CompileError: the kernel does not compile.
+    NoCompilerError: no Triton or no GPU.  CompileError: the kernel does not compile, in time.
     """
-    del timeout  # Triton compiles in this process; a compilation that must be stopped runs in a child
-    require()
-    kernel = _import(source)
-    options = {"num_warps": schedule.hint("warps", 4), "num_stages": schedule.hint("stages", 2)}
+    kernel = _import(source)[0]
     if not isinstance(kernel, triton.JITFunction):
         return _interpreted(kernel, _programs(nest))
+    return _Launcher(nest, kernel, partial(_job, nest, schedule, source), timeout).launch
+
+
+def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> None:
+    """Compile a kernel for the current device, for a later `load` here or elsewhere; errors are the same."""
+    if isinstance(_import(source)[0], triton.JITFunction):
+        compiled(_job(nest, schedule, source), timeout)
+
+
+def _job(nest: Nest, schedule: Schedule, source: str) -> Job:
+    """What is to be compiled for the current device."""
     if not torch.cuda.is_available():
         raise NoCompilerError("Triton has no GPU to compile for; set TRITON_INTERPRET=1 to run without one.")
-    return _Launcher(nest, kernel, options).launch
+    dtype = nest.tensors[0].dtype
+    compute = "float64" if dtype == "float64" else "float32"
+    dtypes = [dtype] * len(nest.operands) + [compute if nest.partial_loops else dtype]
+    with _target_lock:
+        found = triton.runtime.driver.active.get_current_target()
+    options = {"num_warps": schedule.hint("warps", 4), "num_stages": schedule.hint("stages", 2)}
+    target = (found.backend, found.arch, found.warp_size)
+    return Job(str(_import(source)[1]), source, dtype_pointers(dtypes), target, options)
 
 
-def _import(source: str) -> Any:
+def _import(source: str) -> tuple[Any, Path]:
     """The kernel of a module that is written to, and read back from, the folder of compiled objects."""
-    name = digest(source, version())
-    path = folder() / f"{name}.py"
+    require()
+    path = folder() / f"{digest(source, version())}.py"
     if not intact(path):
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch, path.name)
             made.write_text(source, encoding="utf-8")
             os.replace(made, path)
         seal(path)
-    module_name = f"g3dswap_kernel_{name}"
-    loader = _SourceLoader(module_name, str(path))
-    spec = importlib.util.spec_from_loader(module_name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        loader.exec_module(module)
-    except Exception as error:
-        raise CompileError(f"the printed kernel {path} cannot be imported: {_first_line(error)}") from error
-    return module.kernel
-
-
-class _SourceLoader(SourceFileLoader):
-    """Compiles the text that was verified, never a cached bytecode file beside it."""
-
-    def get_code(self, fullname: str) -> CodeType:
-        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
-        return code
-
-
-def _first_line(error: BaseException) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{type(error).__name__}: {text}"
+    return import_kernel(str(path)), path
 
 
 def _programs(nest: Nest) -> Callable[[int], int]:
@@ -130,26 +127,29 @@ class _Launcher:
     is known: all pointers are aligned to 16 bytes, as those of allocations are, or else Triton is asked.
     """
 
-    def __init__(self, nest: Nest, kernel: Any, options: dict[str, int]) -> None:
+    def __init__(self, nest: Nest, kernel: Any, job: Callable[[], Job], timeout: float) -> None:
         self.programs = _programs(nest)
         self.kernel = kernel
-        self.options = options
-        dtype = getattr(torch, nest.tensors[0].dtype)
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        self.dtypes = [dtype] * len(nest.operands) + [compute if nest.partial_loops else dtype]
+        self.job = job
+        self.timeout = timeout
+        self.options = job().options
         self.compiled: dict[int, tuple[Any, ...]] = {}
         self.compile(torch.cuda.current_device())
 
     def compile(self, device: int) -> tuple[Any, ...]:
-        """What a launch on a device needs: the launcher, the function with its metadata, the stream."""
-        try:
-            with torch.cuda.device(device):
-                # A batch of 2, because it must be a plain integer; any other would give the same code.
-                compiled = self.kernel.warmup(*self.dtypes, 2, grid=(1,), **self.options)
+        """What a launch on a device needs: the launcher, the function with its metadata, the stream.
+
+        And the whole, for launches that are watched.
+        """
+        with torch.cuda.device(device):
+            job = self.job()
+            files = compiled(job, self.timeout)
+            try:
+                made = triton.compiler.CompiledKernel(ast_source(self.kernel, job.types), files, job.name)
                 stream = triton.runtime.driver.active.get_current_stream
-                entry = (compiled.run, compiled.function, compiled.packed_metadata, stream)
-        except Exception as error:
-            raise CompileError(f"Triton cannot compile a kernel: {_first_line(error)}") from error
+                entry = (made.run, made.function, made.packed_metadata, stream, made)
+            except Exception as error:
+                raise CompileError(f"Triton cannot load a kernel: {first_line(error)}") from error
         self.compiled[device] = entry
         return entry
 
@@ -165,9 +165,12 @@ class _Launcher:
         addresses = out.data_ptr()
         for tensor in operands:
             addresses |= tensor.data_ptr()
-        hooks = triton.knobs.runtime
-        if addresses % 16 or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        if addresses % 16:
             self.kernel[(number,)](*operands, out, batch, **self.options)
             return
-        run, function, metadata, stream = self.compiled.get(device) or self.compile(device)
+        run, function, metadata, stream, made = self.compiled.get(device) or self.compile(device)
+        hooks = triton.knobs.runtime
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            made[(number, 1, 1)](*operands, out, batch)
+            return
         run(number, 1, 1, stream(device), function, metadata, None, None, None, *operands, out, batch)

@@ -378,32 +378,47 @@ class _Search(Generic[S, C]):
             contenders.append(self.workload.baseline)
         if len(contenders) == 1:
             return chosen[0], baseline
-        timings = self.alternate(contenders)
+        outcomes = self.alternate(contenders)
         if len(contenders) > len(chosen):
-            baseline = timings.pop()
-        for trial, timing in zip(chosen, timings):  # the later times are the better ones
-            self.trials[self.trials.index(trial)] = _retimed(trial, timing)
-        return self.winner(chosen, timings), baseline
+            last = outcomes.pop()
+            baseline = last if isinstance(last, Timing) else baseline
+        timings: dict[Trial[S], Timing] = {}
+        for trial, outcome in zip(chosen, outcomes):
+            if isinstance(outcome, Timing):  # the later times are the better ones
+                timings[trial] = outcome
+                again = _retimed(trial, outcome)
+            else:
+                again = replace(trial, category=RUN_ERROR, detail=describe(outcome))
+            self.trials[self.trials.index(trial)] = again
+        # If none got through this, those behind them compete.
+        return (self.winner(timings), baseline) if timings else self.final(baseline)
 
-    def alternate(self, contenders: Sequence[C]) -> list[Timing]:
+    def alternate(self, contenders: Sequence[C]) -> list[Timing | Exception]:
         """Time the contenders in rounds, in rotating order; the last rounds are left out if time is up."""
         rounds: list[list[Timing]] = [[] for _ in contenders]
+        failures: dict[int, Exception] = {}
         order = list(range(len(contenders)))
         for _ in range(self.config.final_rounds):
             for i in order:
-                rounds[i].append(self.workload.time(contenders[i], self.config.sample_seconds))
+                if i not in failures:
+                    try:
+                        rounds[i].append(self.workload.time(contenders[i], self.config.sample_seconds))
+                    except Exception as error:
+                        failures[i] = error
             order = order[1:] + order[:1]
             self.report()
             if self.elapsed > self.config.seconds:
                 break
-        return [_fastest(timings) for timings in rounds]
+        return [failures.get(i) or _fastest(timings) for i, timings in enumerate(rounds)]
 
-    def winner(self, chosen: list[Trial[S]], timings: list[Timing]) -> Trial[S]:
+    def winner(self, timings: dict[Trial[S], Timing]) -> Trial[S]:
         """The fastest; of those as fast as it within `tie`, the one that the model finds cheapest."""
-        fastest = min(timing.seconds for timing in timings)
-        near = [(t, m) for t, m in zip(chosen, timings) if m.seconds <= fastest * (1 + self.config.tie)]
-        trial, timing = min(near, key=lambda pair: self.preference(pair[0].schedule))
-        return _retimed(trial, timing)
+        fastest = min(timing.seconds for timing in timings.values())
+        near = [
+            trial for trial, timing in timings.items() if timing.seconds <= fastest * (1 + self.config.tie)
+        ]
+        trial = min(near, key=lambda trial: self.preference(trial.schedule))
+        return _retimed(trial, timings[trial])
 
 
 def seconds_of(trial: Trial[S]) -> float:

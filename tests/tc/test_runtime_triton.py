@@ -13,8 +13,8 @@ import torch
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.errors import CompileError, NoCompilerError
 from g3dswap.problem import Geometry, Problem
-from g3dswap.tc import objects, runtime_triton
-from g3dswap.tc.kernel import build
+from g3dswap.tc import compile_triton, objects, runtime_triton
+from g3dswap.tc.kernel import build, prepare
 from g3dswap.tc.nest import Nest
 from g3dswap.tc.schedule import Digit, Schedule
 
@@ -92,6 +92,15 @@ def test_the_module_can_be_imported_without_triton() -> None:
     assert done.stdout.strip() == "none"
 
 
+def test_preparing_needs_no_more_than_loading_will(fresh_cache: Path) -> None:
+    """Where kernels are interpreted, the source is all that there is."""
+    nest = small()
+    prepare(nest, along_w(nest), "triton")
+    suffixes = {path.suffix for path in objects.folder().iterdir()} - {".sha256"}
+    assert suffixes == ({".py", ".json", ".cubin"} if torch.cuda.is_available() else {".py"})
+    assert runs(nest)
+
+
 def test_version() -> None:
     assert runtime_triton.version() == triton.__version__
 
@@ -106,11 +115,19 @@ def test_compiles_once_for_every_batch_size() -> None:
         out = torch.empty_like(x)
         kernel(x, weight, out=out)
         assert torch.equal(out, x)
-    # The compilation at load is the only one that Triton knows of.
-    (compiled,) = (
-        kernel for caches in launcher.kernel.device_caches.values() for kernel in caches[0].values()
-    )
+    # The compilation at load is the only one, and was made by a worker: Triton itself knows of none.
+    ((*_, compiled),) = launcher.compiled.values()
     assert compiled.metadata.num_warps == 1
+    assert not any(caches[0] for caches in launcher.kernel.device_caches.values())
+
+
+@pytest.mark.gpu
+def test_a_prepared_kernel_is_only_loaded(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nest = small()
+    prepare(nest, along_w(nest), "triton")
+    monkeypatch.setattr(compile_triton, "_ask_worker", lambda *_: pytest.fail("compiles again"))
+    assert runs(nest)
+    assert len(list(objects.folder().glob("*.cubin"))) == 1
 
 
 @pytest.mark.gpu

@@ -1,0 +1,185 @@
+"""Compiles printed Triton kernels in worker processes, without a GPU and without PyTorch.
+
+A process of its own can be stopped when it takes too long, may crash, and does not share a GIL with the
+others.  This file is both sides: `compiled` is called by whoever wants a kernel, `main` is the worker.  What
+is compiled stays in the folder of compiled objects: binary and metadata, each sealed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from ..errors import CompileError, NoCompilerError, ProcessError
+from .builds import cores
+from .children import Child, Message, first_line, serve
+from .objects import digest, folder, intact, seal
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+POINTERS = {"float32": "*fp32", "float64": "*fp64", "float16": "*fp16", "bfloat16": "*bf16"}
+ALIGNED = [["tt.divisibility", 16]]  # the attribute of an argument that 16 divides
+SUFFIXES = {"cuda": ".cubin", "hip": ".hsaco"}  # of a backend's binaries
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a compiled kernel depends on.
+
+    text:     the printed module, which is in the file `path`.
+    types:    of the kernel's arguments: pointers, aligned to 16 bytes, and at last the batch, any integer.
+    target:   backend, architecture, lanes of a warp.
+    options:  Triton's, such as num_warps.
+    """
+
+    path: str
+    text: str
+    types: tuple[str, ...]
+    target: tuple[str, Any, int]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        """The name of the compiled object."""
+        assert triton is not None
+        settings = triton._C.libtriton.get_cache_invalidating_env_vars()
+        rest = [self.types, self.target, self.options, settings]
+        return digest(self.text, triton.__version__, json.dumps(rest, sort_keys=True))
+
+
+def dtype_pointers(dtypes: Sequence[str]) -> tuple[str, ...]:
+    """The types of a kernel's arguments from those of its tensors."""
+    return (*(POINTERS[name] for name in dtypes), "i32")
+
+
+def import_kernel(path: str) -> Any:
+    """The kernel in a printed module. CompileError: the file is no such module."""
+    name = f"g3dswap_kernel_{Path(path).stem}"
+    loader = _SourceLoader(name, path)
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        loader.exec_module(module)
+    except Exception as error:
+        raise CompileError(f"the printed kernel {path} cannot be imported: {first_line(error)}") from error
+    return module.kernel
+
+
+class _SourceLoader(SourceFileLoader):
+    """Compiles the text that was verified, never a cached bytecode file beside it."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
+
+
+def source(kernel: Any, types: Sequence[str]) -> Any:
+    """What Triton compiles: the kernel with the types and attributes of its arguments."""
+    attributes = {(i,): ALIGNED for i, name in enumerate(types) if name.startswith("*")}
+    return triton.compiler.ASTSource(kernel, dict(zip(kernel.arg_names, types)), {}, attributes)
+
+
+def compiled(job: Job, timeout: float) -> dict[str, str]:
+    """The files of the compiled kernel, as a `CompiledKernel` of Triton takes them.
+
+    CompileError: Triton refuses it, or a worker died of it, or it took longer than `timeout` seconds
+    (the cause is then a TimeoutError).  What was compiled before, by any process, is only looked up.
+    """
+    name, place = job.name, folder()
+    files = {f"kernel{suffix}": place / f"{name}{suffix}" for suffix in (".json", SUFFIXES[job.target[0]])}
+    if not all(intact(path) for path in files.values()):
+        with tempfile.TemporaryDirectory(dir=place) as scratch:
+            _ask_worker({**asdict(job), "text": "", "scratch": scratch}, timeout)
+            for made, path in files.items():
+                os.replace(Path(scratch, made), path)
+                seal(path)
+    return {made: str(path) for made, path in files.items()}
+
+
+def _ask_worker(request: Message, timeout: float) -> None:
+    with _workers.places:
+        worker = _workers.take()
+        try:
+            answer = worker.ask(request, timeout)
+        except TimeoutError as error:
+            what = f"Triton took longer than {timeout:g} s for one kernel; it is left out."
+            raise CompileError(what) from error
+        except ProcessError as error:
+            raise CompileError(f"Triton crashed on a kernel, which is left out: {error}") from error
+        _workers.give(worker)
+    if "failed" in answer:
+        raise CompileError(f"Triton cannot compile a kernel: {answer['failed']}")
+
+
+class _Workers:
+    """The idle workers; there are never more than cores."""
+
+    def __init__(self) -> None:
+        self.idle: list[Child] = []
+        self.places = threading.BoundedSemaphore(cores())
+
+    def take(self) -> Child:
+        while self.idle:
+            worker = self.idle.pop()
+            if worker.usable:
+                return worker
+            worker.kill()
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        # Nothing that it does may touch a device, where a context would cost memory and seconds.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        try:
+            return Child(__name__, "compiles Triton kernels", whole=False, environment=environment)
+        except ProcessError as error:
+            raise NoCompilerError(str(error)) from error
+
+    def give(self, worker: Child) -> None:
+        self.idle.append(worker)
+
+
+_workers = _Workers()
+
+
+def _forked() -> None:
+    global _workers
+    _workers = _Workers()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+# In the worker.
+
+
+def main(fd: int) -> None:
+    serve(fd, _compile)
+
+
+def _compile(job: Message) -> Message:
+    """Leave the kernel's binary and metadata in the folder `scratch`."""
+    scratch = job["scratch"]
+    triton.knobs.cache.dir = scratch
+    backend, arch, lanes = job["target"]
+    target = triton.backends.compiler.GPUTarget(backend, arch, lanes)
+    what = source(import_kernel(job["path"]), job["types"])
+    try:
+        made = triton.compile(what, target=target, options=job["options"])
+    except triton.CompilationError as error:
+        first, *_, last = str(error).strip().splitlines()  # where, the kernel as far as that, and why
+        raise CompileError(f"{first} {last}") from error
+    for suffix in (".json", SUFFIXES[backend]):
+        (found,) = (path for name, path in made.metadata_group.items() if name.endswith(suffix))
+        os.replace(found, Path(scratch, f"kernel{suffix}"))
+    return {}
