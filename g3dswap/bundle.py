@@ -10,14 +10,12 @@ import contextlib
 import copy
 import importlib
 import json
-import lzma
 import os
 import secrets
 import shutil
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import IO, Any
 
 from torch import nn
 
-from .containers import atomic_write, check_output
+from .containers import atomic_write, check_output, opened
 from .errors import ArgumentError, CheckpointError, ConvertError
 from .sniff import CONFIGS, WEIGHTS, bundle_root
 
@@ -61,7 +59,7 @@ class Bundle:
             yield self.path
             return
         with tempfile.TemporaryDirectory(prefix="g3dswap-") as place:
-            with _opened(self.path) as archive:
+            with opened(self.path) as archive:
                 for entry in archive.infolist():
                     if entry.filename.startswith(self.root) and wanted(entry.filename[len(self.root) :]):
                         archive.extract(entry, place)
@@ -90,7 +88,7 @@ class Bundle:
             with tempfile.TemporaryFile() as weights:
                 fill(weights)
                 weights.seek(0)
-                with _opened(self.path) as old, zipfile.ZipFile(file, "w") as new:
+                with opened(self.path) as old, zipfile.ZipFile(file, "w") as new:
                     for entry in old.infolist():
                         with new.open(copy.copy(entry), "w", force_zip64=True) as target:
                             if entry.filename == self.root + WEIGHTS:
@@ -179,24 +177,12 @@ def find(path: Path) -> Bundle:
     if path.is_dir():
         names = [name for name in (*CONFIGS, WEIGHTS) if (path / name).is_file()]
     else:
-        with _opened(path) as archive:
+        with opened(path) as archive:
             names = archive.namelist()
     root = bundle_root(names)
     if root is None:
         raise CheckpointError(f"{path} is no MONAI bundle any more; give it again when it is whole.")
     return Bundle(path, root, next(config for config in CONFIGS if root + config in names))
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, ValueError, EOFError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{path} is truncated or damaged ({first.rstrip('.')}); copy or download it again."
-        ) from error
 
 
 def _module(name: str, bundle: Bundle) -> Any:

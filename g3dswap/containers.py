@@ -5,14 +5,18 @@ What a file is, says sniff.py; what the loaded objects mean, checkpoint.py.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import lzma
 import os
 import pickle
 import re
 import secrets
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, CheckpointError
+from .errors import ArgumentError, CheckpointError, G3DSwapError
 from .sniff import Container
 
 _NEVER = ("builtins", "importlib", "nt", "os", "posix", "pty", "runpy", "shutil", "subprocess", "sys")
@@ -134,6 +138,22 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip archive to read; what is wrong with it is a CheckpointError, also while it is read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except G3DSwapError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({_first_line(error)}); copy or download it again."
+        ) from error
 
 
 # Loading.

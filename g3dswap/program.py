@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from .containers import atomic_write
+from .containers import atomic_write, opened
 from .entries import Skipped
 from .errors import ArgumentError, CheckpointError
 from .module import Grouped3D
@@ -37,7 +37,7 @@ _LARGEST_GRAPH = 256 << 20  # bytes of JSON
 _DEEPEST = 100  # level of nesting in it
 _MOST_ELEMENTS = 1 << 36  # of a tensor; more than any accelerator holds
 _MOST_WEIGHTS = 1 << 24  # of a convolution, where the file is smaller than they are
-_WRITTEN_BY_WRITER = ("version", "byteorder", ".data/version", ".data/serialization_id")
+_ALIGNMENT = 64  # of the records of PyTorch's archives, so that their tensors can be mapped into memory
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,10 @@ class Program:
         graph = json.dumps(fresh.graph).encode()
 
         def copy(file: IO[bytes]) -> None:
-            # The writer of torch.save and torch.export: its records are aligned, so that they can be mapped.
-            writer = torch._C.PyTorchFileWriter(file)
-            with zipfile.ZipFile(self.path) as archive:
-                writer.set_min_version(_version(archive))
-                for entry in archive.infolist():
-                    name = entry.filename.partition("/")[2]
-                    if name not in _WRITTEN_BY_WRITER:
-                        content = graph if name == PROGRAM else archive.read(entry)
-                        writer.write_record(name, content, len(content))
-            writer.write_end_of_file()
+            with opened(self.path) as old, zipfile.ZipFile(file, "w") as new:
+                for entry in old.infolist():
+                    content = graph if _record(entry) == PROGRAM else old.read(entry)
+                    _add(new, file.tell(), entry.filename, content)
 
         atomic_write(path, copy, force=force)
 
@@ -132,11 +126,12 @@ class Layers(nn.Module):
 def read(path: Path) -> Program:
     """Read a program file as data. Raises CheckpointError for a damaged one or one of another format."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            entry = next(e for e in archive.infolist() if e.filename.partition("/")[2] == PROGRAM)
+        with opened(path) as archive:
+            entry = next(entry for entry in archive.infolist() if _record(entry) == PROGRAM)
             if entry.file_size > _LARGEST_GRAPH:
                 raise CheckpointError(f"{path} has a graph of more than {_LARGEST_GRAPH >> 20} MiB.")
-            graph = json.loads(archive.read(entry))
+            text = archive.read(entry)
+        graph = json.loads(text)
         version = graph["schema_version"]["major"]
         if version != SCHEMA:
             raise CheckpointError(
@@ -146,8 +141,6 @@ def read(path: Path) -> Program:
         return _program(path, graph)
     except CheckpointError:
         raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
     except Exception as error:  # whatever damaged bytes or a graph that was made up lead to
         raise CheckpointError(
             f"{path} is a truncated or damaged torch.export program ({type(error).__name__}); copy or export "
@@ -345,7 +338,16 @@ def _inputs(node: Node) -> list[dict[str, Any]]:
     return [{"name": name, "arg": given[name], "kind": 1} for name in names]
 
 
-def _version(archive: zipfile.ZipFile) -> int:
-    """Version of the zip format's use, which the writer takes as the least."""
-    name = next(e.filename for e in archive.infolist() if e.filename.partition("/")[2] == ".data/version")
-    return int(archive.read(name))
+def _record(entry: zipfile.ZipInfo) -> str:
+    """The name of an archive's record, without the folder that all are in."""
+    return entry.filename.partition("/")[2]
+
+
+def _add(archive: zipfile.ZipFile, place: int, name: str, content: bytes) -> None:
+    """Add a record, aligned as PyTorch's own writer does it: with a field of padding in its header."""
+    large = len(content) * 1.05 > zipfile.ZIP64_LIMIT  # then zipfile adds a field of 20 bytes of its own
+    begin = place + 30 + len(name.encode()) + (20 if large else 0) + 4
+    padding = -begin % _ALIGNMENT
+    entry = zipfile.ZipInfo(name)
+    entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    archive.writestr(entry, content)

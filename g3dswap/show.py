@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from g3dswap.guard import example
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc import kernel
 from g3dswap.tc.cache import Cache
+from g3dswap.tc.entries import strict_json
 from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space import Space
 
@@ -81,8 +81,8 @@ def _no_layer(name: str | None, names: Sequence[str]) -> str:
 def parse_schedule(text: str) -> Schedule:
     """A schedule from its JSON. Raises ScheduleError."""
     try:
-        data: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data: Any = strict_json(text)
+    except ValueError as error:
         raise ScheduleError(
             f"{text[:80]!r} is no JSON ({error}); copy a schedule from `g3dswap cache show`."
         ) from None
