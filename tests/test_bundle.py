@@ -102,6 +102,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if name != "models/model.pt"}
 
 
+@pytest.mark.slow
 def test_a_bundle_of_monai_is_converted(organ: Path, original: Path, tmp_path: Path) -> None:
     assert "would be swapped" in run("inspect", organ, *OPTIONS[:2], *OPTIONS[-2:]).stdout
     result = run("convert", organ, "-o", tmp_path / "fast", *OPTIONS)

@@ -189,7 +189,9 @@ def test_safetensors_with_shared_tensors(metadata: dict[str, str] | None) -> Non
     assert set(read.state_dict) == set(net().state_dict())
     assert len(read.payload) == len(read.state_dict) - 1
     run("convert", "in.safetensors", "-o", "out.safetensors", *ARCH)
-    assert Path("out.safetensors").read_bytes() == Path("in.safetensors").read_bytes()
+    after = checkpoint.read("out.safetensors")
+    assert after.metadata == read.metadata  # in any order: safetensors writes it as it comes
+    assert bits(after.payload) == bits(read.payload)
     without_g3dswap(
         LOADS.format("in.safetensors", "out.safetensors", "safetensors.torch.load_model(model, name)")
     )

@@ -108,6 +108,7 @@ def test_what_is_read(saved: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_convert(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.pt2"
     result = run("convert", saved, "-o", out, *QUICK)
@@ -147,6 +148,7 @@ def test_a_failed_write_leaves_nothing(saved: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["in.pt2"]
 
 
+@pytest.mark.slow
 def test_the_result_may_be_saved_lowered_and_converted_again(saved: Path, tmp_path: Path) -> None:
     run("convert", saved, "-o", tmp_path / "out.pt2", *QUICK)
     loaded = torch.export.load(tmp_path / "out.pt2")
@@ -160,6 +162,7 @@ def test_the_result_may_be_saved_lowered_and_converted_again(saved: Path, tmp_pa
     assert records(tmp_path / "again.pt2")[PROGRAM] == records(tmp_path / "out.pt2")[PROGRAM]
 
 
+@pytest.mark.slow
 def test_lowered_programs(tmp_path: Path) -> None:
     path = tmp_path / "in.pt2"
     save(path, Net().eval(), torch.randn(1, 2, 4, 6, 6), change=lambda e: e.run_decompositions())
@@ -172,6 +175,7 @@ def test_lowered_programs(tmp_path: Path) -> None:
     torch.testing.assert_close(mine(x), theirs(x))
 
 
+@pytest.mark.slow
 def test_a_new_process_needs_only_the_import(saved: Path, tmp_path: Path) -> None:
     run("convert", saved, "-o", tmp_path / "out.pt2", *QUICK)
     code = (
@@ -253,6 +257,7 @@ def test_plans(saved: Path, tmp_path: Path) -> None:
         g3dswap.use_plan(saved)
 
 
+@pytest.mark.slow
 def test_other_commands(saved: Path, tmp_path: Path) -> None:
     text = run("inspect", saved).stdout
     assert text.startswith("g3dswap: 6 of 7 grouped layers would be swapped, 0 kept, 1 skipped.")
