@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import ArgumentError, PlanError, ScheduleError
 from .problem import DTYPES, Geometry, Problem, dtype_name
 from .tc.schedule import Schedule
-from .tc.tuner import Result
+from .tc.trial import Result
 from .workload import Candidate
 
 SOURCES = ("tuned", "cached", "shipped", "default", "nearest", "native")

@@ -9,7 +9,6 @@ warning.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import random
@@ -17,7 +16,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,18 +24,20 @@ from typing import Any
 
 import torch
 
-from . import ranks, remote
+from . import ranks
 from .choice import Choice, Record
 from .comprehensions import nest
 from .errors import ArgumentError, G3DSwapWarning, NoCompilerError, ScheduleError
 from .problem import Problem
 from .progress import Bar
+from .remote import opened
 from .tc import kernel
 from .tc.cache import Cache, Entry, default_directory
 from .tc.schedule import Schedule
 from .tc.space import Space
-from .tc.tuner import TunerConfig, Workload, describe, tune
-from .workload import Candidate, PassWorkload, build, quick_check, tuning_batch
+from .tc.trial import TunerConfig, describe
+from .tc.tuner import tune
+from .workload import Candidate, build, quick_check, tuning_batch
 
 EFFORTS = {"none": 0, "cached": 0, "quick": 1, "full": 2}
 CONFIGS = {"quick": TunerConfig.quick, "full": TunerConfig.full}
@@ -135,7 +136,7 @@ class Chooser:
     tune:         "none" (the default schedule, untimed, if the cache has nothing), "cached", "quick", "full".
     min_speedup:  how much faster than PyTorch's a kernel must be.
     progress:     show a bar while tuning; `expect` says how many passes it will cover.
-    config:       the tuner's budget, instead of the preset for `tune`.
+    config:       the tuner's budget, instead of the preset for `tune` and the device.
 
     After a Ctrl-C `interrupted` is true: that pass keeps what was measured, and nothing more is tuned.
     `counts` sums the tuner's trials by category. Thread-safe.
@@ -154,7 +155,7 @@ class Chooser:
         if not min_speedup >= 0:
             raise ArgumentError(f"min_speedup={min_speedup!r} must be a number of at least 0, say 1.05.")
         self.cache, self.tune, self.min_speedup = cache, tune, float(min_speedup)
-        self.config = config or CONFIGS.get(tune, TunerConfig.quick)()
+        self.config = config
         self.interrupted = False
         self.counts: Counter[str] = Counter()
         self.bar = Bar(progress)
@@ -185,6 +186,10 @@ class Chooser:
         """The cache key of a problem on this machine."""
         return problem.key(kernel.versions(kernel.target_of(problem.device)))
 
+    def budget(self, problem: Problem) -> TunerConfig:
+        """What tuning a problem may cost."""
+        return self.config or CONFIGS.get(self.tune, TunerConfig.quick)(kernel.target_of(problem.device))
+
     def _decision(self, choice: Choice, effort: int) -> _Decision:
         return _Decision(choice, effort, self.tune, self.min_speedup)
 
@@ -214,7 +219,7 @@ class Chooser:
             made.append(self._decide(problem, batch, label))
             return {"choice": made[0].choice.to_json(), "effort": made[0].effort}
 
-        patience = 120 + 5 * self.config.seconds
+        patience = 120 + 5 * self.budget(problem).seconds
         told, mine = ranks.agree({**topic, "time": _asked[name]}, decide, patience)
         if mine:
             return made[0]
@@ -327,10 +332,11 @@ class Chooser:
         name = f"{label} {problem.direction}".strip()
         key = self.key(problem)
         try:
-            with _workload(problem, batch) as workload:
+            with opened(problem, batch) as workload:
                 # Large problems take their time before the first trial; some of it comes off the budget.
-                left = max(self.config.seconds - (time.monotonic() - began), 0.6 * self.config.seconds)
-                config = replace(self.config, seconds=left)
+                budget = self.budget(problem)
+                left = max(budget.seconds - (time.monotonic() - began), 0.6 * budget.seconds)
+                config = replace(budget, seconds=left)
                 seeds = [Schedule.from_json(before.schedule)] if before and before.schedule else []
                 rng = random.Random(json.dumps(key, sort_keys=True))
                 result = tune(workload, config, rng, partial(self.bar.update, name), seeds)
@@ -393,16 +399,6 @@ class Chooser:
 
     def _advise(self, what: str) -> None:
         _warn("untuned", f'{what}; run "g3dswap tune" or convert with tune="quick" for faster kernels.')
-
-
-@contextlib.contextmanager
-def _workload(problem: Problem, batch: int) -> Iterator[Workload[Schedule, Any]]:
-    """The problem as the tuner sees it, in this process or in another."""
-    if not remote.runs_apart(problem):
-        yield PassWorkload(problem, batch)
-        return
-    with contextlib.closing(remote.RemoteWorkload(problem, batch)) as workload:
-        yield workload
 
 
 def native(problem: Problem, reason: str, native_seconds: float | None = None) -> Choice:

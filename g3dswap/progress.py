@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from .tc.tuner import Progress
+from .tc.trial import Progress
 
 
 class Bar:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from .tc.objects import folder
 from .tc.schedule import Schedule
 from .tc.space import Space
 from .tc.timing import Timing
-from .tc.tuner import Check
+from .tc.trial import Check, Workload
 from .trials import settings
+from .workload import PassWorkload
 
 START_SECONDS = 180.0  # for a process to start, make its operands, and compute the reference
 TRIAL_SECONDS = 20.0  # for loading a kernel and one check of it, or one timing beside the seconds it is given
@@ -122,6 +124,16 @@ class RemoteWorkload:
                 raise ProcessError(f"the process that runs trials had to be ended: {answer['failed']}")
             raise RuntimeError(answer["failed"])
         return answer
+
+
+@contextlib.contextmanager
+def opened(problem: Problem, batch: int) -> Iterator[Workload[Schedule, Any]]:
+    """The problem as the tuner sees it, in this process or in another; its memory is freed at the end."""
+    if not runs_apart(problem):
+        yield PassWorkload(problem, batch)
+        return
+    with contextlib.closing(RemoteWorkload(problem, batch)) as workload:
+        yield workload
 
 
 def runs_apart(problem: Problem) -> bool:

@@ -23,7 +23,7 @@ from .tc.kernel import Kernel
 from .tc.schedule import Schedule
 from .tc.space import Space
 from .tc.timing import Timing
-from .tc.tuner import Check
+from .tc.trial import Check
 
 Operands = Sequence[Tensor | None]
 

@@ -26,7 +26,7 @@ from g3dswap.problem import Geometry, Problem
 from g3dswap.tc.cache import Cache
 from g3dswap.tc.schedule import Digit, Schedule
 from g3dswap.tc.timing import Timing
-from g3dswap.tc.tuner import TunerConfig
+from g3dswap.tc.trial import TunerConfig
 from g3dswap.workload import Candidate, PassWorkload
 
 GEOMETRY = Geometry(4, 8, 4, (5, 6, 7), (3, 3, 3), padding=(1, 1, 1))

@@ -20,7 +20,8 @@ from g3dswap.tc import compile_triton, objects, runtime_triton
 from g3dswap.tc.cache import Cache
 from g3dswap.tc.kernel import show
 from g3dswap.tc.schedule import Schedule, apply
-from g3dswap.tc.tuner import TunerConfig, tune
+from g3dswap.tc.trial import TunerConfig
+from g3dswap.tc.tuner import tune
 from g3dswap.workload import PassWorkload
 
 pytestmark = pytest.mark.gpu

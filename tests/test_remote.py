@@ -26,7 +26,8 @@ from g3dswap.tc import children, objects, runtime_cpp
 from g3dswap.tc.cache import Cache
 from g3dswap.tc.kernel import show
 from g3dswap.tc.schedule import Schedule
-from g3dswap.tc.tuner import TunerConfig, tune
+from g3dswap.tc.trial import TunerConfig
+from g3dswap.tc.tuner import tune
 from g3dswap.workload import PassWorkload
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -121,6 +122,7 @@ def test_the_process_is_kept_over_problems(workload: RemoteWorkload) -> None:
     other.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "error", "message"),
     [
@@ -146,6 +148,7 @@ def test_a_kernel_that_fails_is_an_error_and_the_next_one_runs(
     workload.close()
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_after_kernels_that_crash_hang_or_do_nothing(workload: RemoteWorkload) -> None:
     workload.close()
     patient = RemoteWorkload(PROBLEM, 2, patience=3)

@@ -1,8 +1,9 @@
 """Measured search over schedules: cost-model-ranked candidates first, then evolution.
 
 The tuner knows nothing of what it tunes.  A `Workload` says what the schedules are, how one is built,
-checked and timed.  Candidates of a generation are compiled in parallel and then, while nothing compiles,
-timed and checked one after the other; only a candidate that was checked may win.  At the end the fastest
+checked and timed.  Candidates of a generation are compiled in parallel and then, while nothing compiles
+(unless the budget says that this disturbs nothing), timed and checked one after the other; only a candidate
+that was checked may win.  At the end the fastest
 few and the baseline are timed again in alternating rounds, so that the comparison is fair on a machine
 whose speed drifts.  What is tried next depends on the seed and on measured times alone, never on which
 compiler finished first.
@@ -10,176 +11,35 @@ compiler finished first.
 
 from __future__ import annotations
 
-import collections
 import random
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
-from ..errors import NoCompilerError, ScheduleError
-from .builds import Builds, cores
+from ..errors import NoCompilerError
+from .builds import Builds, Wave, cores
 from .timing import Timing
-
-OK = "ok"
-ILLEGAL = "illegal"
-COMPILE_ERROR = "compile-error"
-COMPILE_TIMEOUT = "compile-timeout"
-RUN_ERROR = "run-error"
-WRONG_RESULT = "wrong-result"
-SLOW_PRUNED = "slow-pruned"
-CATEGORIES = (OK, ILLEGAL, COMPILE_ERROR, COMPILE_TIMEOUT, RUN_ERROR, WRONG_RESULT, SLOW_PRUNED)
+from .trial import (
+    OK,
+    RUN_ERROR,
+    SLOW_PRUNED,
+    WRONG_RESULT,
+    C,
+    Progress,
+    Result,
+    S,
+    Trial,
+    TunerConfig,
+    Workload,
+    category,
+    describe,
+    seconds_of,
+)
 
 HEADROOM = 1.2  # a build begins only if the time left is this many times what a build usually takes
 CLOSE = 1.25  # a trial this many times slower than the fastest is not worth a place in the final comparison
-
-S = TypeVar("S", bound=Hashable)  # a schedule
-C = TypeVar("C")  # a candidate: something that runs
-
-
-class SearchSpace(Protocol[S]):
-    """Legal schedules and a model of their cost (`g3dswap.tc.space.Space` is one)."""
-
-    def default(self) -> S: ...
-    def ranked(self, limit: int, rng: random.Random) -> list[S]: ...
-    def mutate(self, schedule: S, rng: random.Random) -> S: ...
-    def crossover(self, a: S, b: S, rng: random.Random) -> S: ...
-    def cost(self, schedule: S) -> float: ...
-
-
-@dataclass(frozen=True)
-class Check:
-    """A candidate's error against the float64 reference, and the bound that it must not exceed."""
-
-    error: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound  # false for NaN
-
-
-class Workload(Protocol[S, C]):
-    """What is tuned.  `build` is called from several threads at once, everything else from one."""
-
-    @property
-    def space(self) -> SearchSpace[S]: ...
-    @property
-    def baseline(self) -> C: ...
-    def build(self, schedule: S, timeout: float) -> C: ...
-    def check(self, candidate: C) -> Check: ...
-    def time(self, candidate: C, seconds: float, above: float | None = None) -> Timing: ...
-
-
-@dataclass(frozen=True)
-class TunerConfig:
-    """How long and how widely to search; `quick()` and `full()` are the presets.
-
-    trials:         most schedules to build.
-    generations:    most rounds of proposing, building and measuring.
-    population:     schedules in a generation.
-    elites:         the fastest schedules that the next generation descends from.
-    mutation_rate:  the share of children that are mutations; the others are crossovers, half of them mutated.
-    seconds:        wall-clock budget, baseline and final comparison included.
-    build_timeout:  seconds for one build.
-    workers:        builds at a time; 0 takes one for each core.
-    sample_seconds: time spent on measuring one candidate.
-    final_rounds:   alternating rounds of the final comparison, each contender `sample_seconds` a round.
-    finalists:      candidates in the final comparison, beside the baseline.
-    prune:          a first run this many times slower than the best is not repeated.
-    tie:            times within this fraction are equal; the schedule that the model finds cheaper wins.
-    """
-
-    trials: int
-    generations: int
-    population: int
-    elites: int
-    mutation_rate: float
-    seconds: float
-    build_timeout: float
-    workers: int = 0
-    sample_seconds: float = 0.04
-    final_rounds: int = 3
-    finalists: int = 2
-    prune: float = 2.5
-    tie: float = 0.02
-
-    @classmethod
-    def quick(cls) -> TunerConfig:
-        """A few seconds: the cost model's best and a generation or two of children; time is what ends it."""
-        return cls(
-            trials=64,
-            generations=12,
-            population=6,
-            elites=2,
-            mutation_rate=0.7,
-            seconds=5.0,
-            build_timeout=4.0,
-        )
-
-    @classmethod
-    def full(cls) -> TunerConfig:
-        """A few minutes."""
-        return cls(
-            trials=400,
-            generations=20,
-            population=24,
-            elites=6,
-            mutation_rate=0.7,
-            seconds=180.0,
-            build_timeout=30.0,
-            sample_seconds=0.1,
-            final_rounds=7,
-            finalists=4,
-        )
-
-
-@dataclass(frozen=True)
-class Trial(Generic[S]):
-    """One schedule that was tried.  `seconds` is None where it failed before it could be timed."""
-
-    schedule: S
-    category: str
-    generation: int
-    seconds: float | None = None
-    spread: float = 0.0
-    check: Check | None = None
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a progress display needs; `seconds` is the budget, and None times are not known yet."""
-
-    elapsed: float
-    seconds: float
-    trials: int
-    best: float | None
-    baseline: float | None
-
-
-@dataclass(frozen=True)
-class Result(Generic[S, C]):
-    """All trials, the baseline's time, and the fastest checked schedule (None: there is none).
-
-    `seconds` and `baseline` come from the final, alternating comparison.
-    """
-
-    trials: tuple[Trial[S], ...]
-    baseline: Timing
-    best: Trial[S] | None
-    candidate: C | None
-    seconds: float | None
-    interrupted: bool
-    elapsed: float
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many trials ended in each category that occurred, in the order of `CATEGORIES`."""
-        found = collections.Counter(trial.category for trial in self.trials)
-        return {category: found[category] for category in CATEGORIES if found[category]}
 
 
 def tune(
@@ -213,11 +73,22 @@ class _Search(Generic[S, C]):
     trial_seconds: float = 0.0  # what timing and checking one candidate took, at most
 
     def run(self, seeds: Sequence[S]) -> Result[S, C]:
-        self.baseline = baseline = self.workload.time(self.workload.baseline, self.config.sample_seconds)
+        reservoir = [*seeds, self.workload.space.default()]
+        reservoir += self.workload.space.ranked(self.config.trials, self.rng)
+        wave = self.propose(reservoir, 0)
+        first = self.begin(wave) if self.config.overlap else None
+        try:
+            self.baseline = baseline = self.workload.time(self.workload.baseline, self.config.sample_seconds)
+        except BaseException:
+            if first:
+                first.stop()
+            raise
         best: Trial[S] | None = None
         interrupted = False
         try:
-            self.evolve(seeds)
+            self.report()
+            self.measure_all(first or self.begin(wave), 0)
+            self.evolve(reservoir)
             best, baseline = self.final(baseline)
         except KeyboardInterrupt:
             interrupted = True
@@ -245,16 +116,13 @@ class _Search(Generic[S, C]):
 
     # The search.
 
-    def evolve(self, seeds: Sequence[S]) -> None:
-        config = self.config
-        reservoir = [*seeds, self.workload.space.default()]
-        reservoir += self.workload.space.ranked(config.trials, self.rng)
-        for generation in range(config.generations):
+    def evolve(self, reservoir: list[S]) -> None:
+        for generation in range(1, self.config.generations):
             wave = self.propose(reservoir, generation)
-            if not wave or (generation and self.search_seconds <= 0):
+            if not wave or self.search_seconds <= 0:
                 return
             self.report()
-            self.measure_all(self.build_all(wave), generation)
+            self.measure_all(self.begin(wave), generation)
 
     def propose(self, reservoir: list[S], generation: int) -> list[S]:
         """The next generation: children of the elites, and a quarter from the model's ranking.
@@ -301,13 +169,9 @@ class _Search(Generic[S, C]):
 
     # Building and measuring.
 
-    def build_all(self, wave: Sequence[S]) -> dict[S, C | BaseException]:
-        """Build a generation in parallel; what there is no time left to begin is left out.
-
-        Everything that was begun has ended (or was given up) when this returns.
-        """
-
-        workers = self.config.workers or cores()
+    def begin(self, wave: Sequence[S]) -> Wave[S, C]:
+        """Begin to build a generation in parallel; what there is no time left to begin is left out."""
+        workers, before = self.config.workers or cores(), len(self.trials)
 
         def limit(begun: int) -> float | None:
             """The time limit of a build that begins now; None: there is no time to build and measure it.
@@ -315,17 +179,19 @@ class _Search(Generic[S, C]):
             Each core's first build gets its full time however little is left, or slow preparations
             would leave a search without any result.
             """
-            if not self.trials and begun < workers:
+            if not before and begun < workers:
                 return self.config.build_timeout
-            left = self.search_seconds - self.trial_seconds * (begun + 1)
+            unmeasured = begun - (len(self.trials) - before)
+            left = self.search_seconds - self.trial_seconds * (unmeasured + 1)
             usual = statistics.median(self.build_times) if self.build_times else 0.0
             return min(self.config.build_timeout, left) if left > HEADROOM * usual else None
 
-        builds = Builds(self.workload.build, limit, workers, self.build_times)
-        return builds.run(wave)
+        return Builds(self.workload.build, limit, workers, self.build_times).begin(wave)
 
-    def measure_all(self, built: dict[S, C | BaseException], generation: int) -> None:
-        for schedule, candidate in built.items():
+    def measure_all(self, built: Wave[S, C], generation: int) -> None:
+        """Measure a generation; unless both may overlap, all of it has been built (or given up) before."""
+        outcomes: Iterable[tuple[S, C | BaseException]] = built if self.config.overlap else list(built)
+        for schedule, candidate in outcomes:
             if isinstance(candidate, NoCompilerError):
                 raise candidate
             if isinstance(candidate, BaseException):
@@ -421,11 +287,6 @@ class _Search(Generic[S, C]):
         return _retimed(trial, timings[trial])
 
 
-def seconds_of(trial: Trial[S]) -> float:
-    """The measured time of a trial; infinite where it has none."""
-    return float("inf") if trial.seconds is None else trial.seconds
-
-
 def _retimed(trial: Trial[S], timing: Timing) -> Trial[S]:
     return replace(trial, seconds=timing.seconds, spread=timing.spread)
 
@@ -434,19 +295,3 @@ def _fastest(rounds: Sequence[Timing]) -> Timing:
     """The fastest round, as the others were disturbed; all contenders have had equally many."""
     best = min(rounds, key=lambda timing: timing.seconds)
     return replace(best, repeats=sum(timing.repeats for timing in rounds))
-
-
-def category(error: BaseException) -> str:
-    """The failure category of an exception that a build raised."""
-    if isinstance(error, ScheduleError):
-        return ILLEGAL
-    timeouts = (TimeoutError, subprocess.TimeoutExpired)
-    if isinstance(error, timeouts) or isinstance(error.__cause__, timeouts):
-        return COMPILE_TIMEOUT
-    return COMPILE_ERROR
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one short line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

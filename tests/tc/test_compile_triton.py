@@ -16,7 +16,7 @@ import pytest
 from g3dswap.errors import CompileError, ProcessError
 from g3dswap.tc import compile_triton, objects
 from g3dswap.tc.compile_triton import Job, compiled, dtype_pointers
-from g3dswap.tc.tuner import COMPILE_ERROR, COMPILE_TIMEOUT, category
+from g3dswap.tc.trial import COMPILE_ERROR, COMPILE_TIMEOUT, category
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton comes with ptxas on Linux only")

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from g3dswap.errors import CompileError, NoCompilerError, ScheduleError
-from g3dswap.tc import builds, tuner
+from g3dswap.tc import builds, trial
 from g3dswap.tc.timing import Timing
-from g3dswap.tc.tuner import Check, Progress, Result, TunerConfig, tune
+from g3dswap.tc.trial import Check, Progress, Result, TunerConfig
+from g3dswap.tc.tuner import tune
 
 Point = tuple[int, int]
 BASELINE: Point = (-1, -1)
@@ -155,6 +156,75 @@ def test_builds_in_parallel_and_times_while_nothing_builds() -> None:
     assert workload.timed_while_compiling == 0
 
 
+def test_where_builds_disturb_nothing_they_overlap_with_measuring() -> None:
+    """The first of a generation is measured while the last is built, and what comes out is the same."""
+    last = (3, 0)
+    measured = threading.Event()
+
+    def build(point: Point) -> None:
+        if point == last:
+            assert measured.wait(30)
+
+    def time_(point: Point) -> None:
+        if point != BASELINE:
+            measured.set()
+
+    config = replace(CONFIG, workers=8)
+    overlapping = search(Fake(on_build=build, on_time=time_), replace(config, overlap=True))
+    assert overlapping.trials == search(Fake(), config).trials
+    assert overlapping.best and overlapping.best.schedule == (9, 5)
+
+
+def test_the_baseline_is_timed_while_the_first_are_built() -> None:
+    began = threading.Event()
+
+    def time_(point: Point) -> None:
+        if point == BASELINE:
+            assert began.wait(30)
+
+    config = replace(CONFIG, generations=1, overlap=True)
+    assert search(Fake(on_build=lambda p: began.set(), on_time=time_), config).best
+
+
+def test_a_baseline_that_fails_ends_the_builds() -> None:
+    def fail(point: Point) -> None:
+        raise RuntimeError("no baseline")
+
+    workload = Fake(on_build=lambda p: time.sleep(0.05), on_time=fail)
+    with pytest.raises(RuntimeError, match="no baseline"):
+        search(workload, replace(CONFIG, overlap=True, workers=1))
+    time.sleep(0.3)
+    assert len(workload.built) <= 2
+
+
+def test_a_finalist_that_fails_leaves_the_next_one() -> None:
+    """A kernel that crashes now and then must not cost the search."""
+    timed: list[Point] = []
+
+    def crash(point: Point) -> None:
+        timed.append(point)
+        if point in {(9, 5), (9, 4)} and timed.count(point) > 1:
+            raise RuntimeError("illegal memory access")
+
+    result = search(Fake(on_time=crash, baseline_seconds=1.5), replace(CONFIG, finalists=1))
+    found = {t.schedule: t for t in result.trials}
+    assert found[(9, 5)].category == trial.RUN_ERROR and "illegal" in found[(9, 5)].detail
+    assert result.best and result.seconds == 2.0 and result.best.schedule != (9, 5)
+    assert result.best.category == trial.OK and result.baseline.seconds == 1.5
+
+
+def test_a_baseline_that_fails_at_last_keeps_its_first_time() -> None:
+    calls: list[Point] = []
+
+    def crash(point: Point) -> None:
+        calls.append(point)
+        if calls.count(BASELINE) > 1 and point == BASELINE:
+            raise RuntimeError("out of memory")
+
+    result = search(Fake(on_time=crash, baseline_seconds=2.0))
+    assert result.baseline.seconds == 2.0 and result.best and result.best.schedule == (9, 5)
+
+
 def test_times_of_the_fastest_and_the_baseline_alternate_at_the_end() -> None:
     workload = Fake(baseline_seconds=2.0)
     search(workload, replace(CONFIG, final_rounds=3, finalists=1))
@@ -207,16 +277,16 @@ def test_every_failure_has_its_category_and_none_wins() -> None:
     result = search(workload, replace(CONFIG, generations=1, population=10))
     found = {trial.schedule: trial for trial in result.trials}
     wanted = {
-        (0, 0): tuner.ILLEGAL,
-        (0, 1): tuner.COMPILE_ERROR,
-        (1, 0): tuner.COMPILE_TIMEOUT,
-        (1, 1): tuner.COMPILE_ERROR,
-        (0, 2): tuner.RUN_ERROR,
-        (2, 0): tuner.WRONG_RESULT,
-        (0, 3): tuner.WRONG_RESULT,
-        (1, 2): tuner.OK,
-        (2, 1): tuner.SLOW_PRUNED,
-        (3, 0): tuner.OK,
+        (0, 0): trial.ILLEGAL,
+        (0, 1): trial.COMPILE_ERROR,
+        (1, 0): trial.COMPILE_TIMEOUT,
+        (1, 1): trial.COMPILE_ERROR,
+        (0, 2): trial.RUN_ERROR,
+        (2, 0): trial.WRONG_RESULT,
+        (0, 3): trial.WRONG_RESULT,
+        (1, 2): trial.OK,
+        (2, 1): trial.SLOW_PRUNED,
+        (3, 0): trial.OK,
     }
     assert {schedule: trial.category for schedule, trial in found.items()} == wanted
     assert result.best and result.best.schedule == (1, 2)
@@ -370,6 +440,14 @@ def test_presets_search_more_with_more_time() -> None:
     quick, full = TunerConfig.quick(), TunerConfig.full()
     assert quick.seconds <= 5.5 < 60 <= full.seconds
     assert quick.trials < full.trials and quick.final_rounds < full.final_rounds
+
+
+def test_presets_for_a_gpu_keep_all_cores_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "cores", lambda: 16)
+    quick, full = TunerConfig.quick("triton"), TunerConfig.full("triton")
+    assert quick.population == 16 <= full.population and quick.overlap and full.overlap
+    assert 21 * quick.seconds < 180  # the passes of seven layers
+    assert not TunerConfig.quick().overlap and not TunerConfig.full("cpp").overlap
 
 
 def test_where_everything_is_slow_evolution_goes_on_from_the_least_slow() -> None:
