@@ -1,4 +1,4 @@
-"""Converting a model: its grouped ``nn.Conv3d`` layers become ``Grouped3D``, and nothing else changes."""
+"""Converting a model: its grouped 3D convolutions become `GROUPED` layers, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from g3dswap.entries import Kept, Layer, Swapped
 from g3dswap.errors import ArgumentError, ConvertError, G3DSwapWarning
 from g3dswap.guard import Inputs, a_type, example
 from g3dswap.layercheck import check_layer
-from g3dswap.module import Grouped3D
+from g3dswap.module import GROUPED, Conv, Grouped
 from g3dswap.plan import Plan, forget_choices, keep_choices, read_plan
 from g3dswap.problem import Problem
 from g3dswap.report import Report, forget, store
@@ -47,20 +47,22 @@ def convert(
     strict: bool = False,
     progress: bool = True,
 ) -> nn.Module:
-    """Replace ``nn.Conv3d`` layers with groups > 1 by faster ``Grouped3D`` ones with the same weights.
+    """Replace 3D convolution layers with groups > 1 by faster ones with the same weights.
+
+    An ``nn.Conv3d`` becomes a ``Grouped3D``, an ``nn.ConvTranspose3d`` a ``Grouped3DTranspose``.
 
     The model keeps its class, module tree, state_dict keys, hooks and modes. Which layers its forward reaches
     is found with torch.fx; parts that cannot be traced are looked up in the module tree.
 
     Args:
-        model: any module; a layer that is a ``Conv3d`` itself may be the model.
+        model: any module; a convolution layer itself may be the model.
         example_inputs: what the forward takes: a tensor, a tuple or list of positional arguments, or a dict
             of keyword arguments. The model is run on them once, and left untouched, to see the shapes that
             its layers meet; their kernels are then chosen. Without them each layer chooses at its first
             call. Under ``torch.no_grad()`` only forward passes are chosen.
         example_kwargs: keyword arguments to go with them.
         inplace: change this model and keep the very same Parameter objects (optimizers stay valid), instead
-            of a deep copy. A model that is a ``Conv3d`` itself cannot change in place: use what is returned.
+            of a deep copy. A model that is such a layer itself cannot change in place: use what is returned.
         tune: "none" (untimed default kernels), "cached" (only what was tuned before), "quick" or "full".
         include, exclude: globs on fully qualified layer names, such as ``"layer1.*.conv2"``.
         min_speedup: how much faster than PyTorch's a kernel must be; a layer where none is stays as it was.
@@ -102,7 +104,7 @@ def convert(
     new = {
         id(item.site.module): swap(item.site.module, bool(item.choices))
         for item in decisions
-        if item.swap and not isinstance(item.site.module, Grouped3D)
+        if item.swap and not isinstance(item.site.module, Grouped)
     }
     model = _replaced(model, new)
     store(model, _report("converted", selection, decisions, traced, shapes, elapsed))
@@ -136,9 +138,9 @@ def inspect(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Turn every ``Grouped3D`` back into an ``nn.Conv3d`` with the very same Parameter objects, in place.
+    """Turn every swapped layer back into PyTorch's with the very same Parameter objects, in place.
 
-    Returns the model, which is another object only if it is a ``Grouped3D`` itself.
+    Returns the model, which is another object only if it is such a layer itself.
 
     Raises:
         ArgumentError: not a module.
@@ -147,7 +149,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise ArgumentError(f"revert() takes a torch.nn.Module, not {a_type(model)}.")
     forget(model)
     forget_choices(model)
-    modules = [module for module in model.modules() if isinstance(module, Grouped3D)]
+    modules = [module for module in model.modules() if isinstance(module, Grouped)]
     return _replaced(model, {id(module): module.to_conv() for module in modules})
 
 
@@ -216,8 +218,13 @@ def _decide_all(
         if decision:
             simple[key] = decision
     waiting = [site for site in selection.sites if id(site.module) not in simple]
-    pairs = [(site.module, meeting) for site in waiting for meeting in met[id(site.module)]]
-    chooser.expect(len({problem for conv, meeting in pairs for problem in problems(conv, meeting)}))
+    wanted: dict[Problem, tuple[Problem, int, str]] = {}
+    for site in waiting:
+        for meeting in met[id(site.module)]:
+            for problem in problems(site.module, meeting):
+                wanted.setdefault(problem, (problem, meeting.batch, site.name))
+    chooser.expect(len(wanted))
+    chooser.share(wanted.values())
     return [
         simple.get(id(site.module)) or decide(site, met[id(site.module)], choose) for site in selection.sites
     ]
@@ -225,7 +232,7 @@ def _decide_all(
 
 def _planned_kept(site: Site, planned: Plan | None) -> Decision | None:
     """The decision for a layer that the plan keeps."""
-    if planned is None or planned.layers[site.names[0]].swapped or isinstance(site.module, Grouped3D):
+    if planned is None or planned.layers[site.names[0]].swapped or isinstance(site.module, Grouped):
         return None
     return keep(site, planned.layers[site.names[0]].reason)
 
@@ -239,7 +246,7 @@ def _without_inputs(
     tune: str,
 ) -> Decision | None:
     """The decision for a layer that needs no choice, or can have none yet."""
-    is_swapped = isinstance(site.module, Grouped3D)
+    is_swapped = isinstance(site.module, Grouped)
     refused = selection.refused(site.names)
     if refused and not is_swapped:
         return keep(site, refused)
@@ -312,10 +319,10 @@ class _Swap:
         self.tune = tune
         self.cache = None if cache is None else str(cache)
 
-    def __call__(self, conv: nn.Conv3d, chosen: bool) -> nn.Conv3d:
+    def __call__(self, conv: Conv, chosen: bool) -> Grouped:
         # Shapes that come up later in a layer that has its kernels do not stop the run for tuning.
         tune = "cached" if chosen and self.tune != "none" else self.tune
-        return Grouped3D.from_conv(conv, tune=tune, cache=self.cache)
+        return GROUPED[type(conv)].from_conv(conv, tune=tune, cache=self.cache)
 
 
 def _verify_all(decisions: Sequence[Decision], swap: _Swap) -> None:
@@ -327,7 +334,7 @@ def _verify_all(decisions: Sequence[Decision], swap: _Swap) -> None:
             continue
         bounds: dict[str, float] = {}
         for choice in decision.choices:
-            name = choice.problem.direction
+            name = choice.problem.layer_pass
             bounds[name] = max(bounds.get(name, 0.0), choice.bound or 0.0)
         for meeting in decision.meetings:
             key = (entry.geometry, meeting)

@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from g3dswap import native
 from g3dswap.choice import Choice, Record
 from g3dswap.choose import Chooser
 from g3dswap.discover import Meeting, Site
 from g3dswap.entries import Call, Kept, Layer, PassChoice, Swapped
 from g3dswap.errors import NoCompilerError
-from g3dswap.module import Grouped3D
-from g3dswap.problem import Geometry, Problem, Triple, dtype_name
+from g3dswap.module import Conv, Grouped
+from g3dswap.problem import DIRECTIONS, Geometry, Problem, Triple, dtype_name, layer_pass, transposed_size
 
 Choose = Callable[[Problem, int, str], Choice]
 
@@ -46,7 +44,7 @@ def keep(site: Site, reason: str) -> Decision:
 
 def swap_later(site: Site, note: str) -> Decision:
     """The decision to swap a layer that chooses its kernels at its first call."""
-    note = "" if isinstance(site.module, Grouped3D) and not note else note
+    note = "" if isinstance(site.module, Grouped) and not note else note
     return Decision(site, Swapped(site.name, Layer.of(site.module), (), site.aliases, note))
 
 
@@ -58,7 +56,7 @@ def decide(site: Site, meetings: Sequence[Meeting], choose: Choose) -> Decision:
         made = [choose(problem, meeting.batch, site.name) for problem in problems(site.module, meeting)]
         choices += made
         calls.append(call_of(layer, meeting, [pass_of(choice) for choice in made]))
-    if isinstance(site.module, Grouped3D) or not all(choice.is_native for choice in choices):
+    if isinstance(site.module, Grouped) or not all(choice.is_native for choice in choices):
         swapped = Swapped(site.name, layer, tuple(calls), site.aliases)
         return Decision(site, swapped, choices, meetings)
     kept = Kept(site.name, layer, _why_native(choices), tuple(calls), site.aliases)
@@ -70,7 +68,7 @@ def _why_native(choices: Sequence[Choice]) -> str:
     reasons: dict[str, list[str]] = {}
     for choice in choices:
         passes = reasons.setdefault(choice.reason, [])
-        name = choice.problem.direction.replace("_", "-")
+        name = choice.problem.layer_pass.replace("_", "-")
         if name not in passes:
             passes.append(name)
     if len(reasons) == 1:
@@ -82,7 +80,7 @@ def _why_native(choices: Sequence[Choice]) -> str:
 def pass_of(choice: Choice) -> PassChoice:
     """The line of the report for a choice."""
     return PassChoice(
-        direction=choice.problem.direction,
+        direction=choice.problem.layer_pass,
         source=choice.source,
         reason=choice.reason,
         seconds=choice.seconds,
@@ -95,12 +93,13 @@ def pass_of(choice: Choice) -> PassChoice:
 def call_of(layer: Layer, meeting: Meeting, passes: Iterable[PassChoice]) -> Call:
     """The report's form of what a layer met."""
     shape = (meeting.batch, layer.in_channels, *meeting.size)
-    return Call(shape, dtype_name(meeting.dtype), meeting.layout, meeting.device.type, tuple(passes))
+    kind = meeting.device.type
+    return Call(shape, dtype_name(meeting.dtype), meeting.layout, kind, tuple(passes), meeting.output_padding)
 
 
 def peek(chooser: Chooser, problem: Problem) -> PassChoice:
     """What the options cache says of a problem; nothing is built, tuned or decided."""
-    direction = problem.direction
+    direction = problem.layer_pass
     try:
         entry = chooser.cache.get(chooser.key(problem))
         record = None if entry is None else Record.from_json(entry.value)
@@ -117,12 +116,17 @@ def peek(chooser: Chooser, problem: Problem) -> PassChoice:
     return PassChoice(direction, "cached", "", record.seconds, record.native_seconds, record.error)
 
 
-def problems(conv: nn.Conv3d, meeting: Meeting) -> list[Problem]:
+def problems(conv: Conv, meeting: Meeting) -> list[Problem]:
     """The passes that a layer needs on what it met."""
     size, padding = padded(conv, meeting.size)
+    channels, filters = conv.in_channels, conv.out_channels
+    if conv.transposed:
+        extra = meeting.output_padding or conv.output_padding
+        size = _triple(transposed_size(size, conv.kernel_size, conv.stride, padding, conv.dilation, extra))
+        channels, filters = filters, channels
     geometry = Geometry(
-        conv.in_channels,
-        conv.out_channels,
+        channels,
+        filters,
         conv.groups,
         size,
         _triple(conv.kernel_size),
@@ -130,26 +134,26 @@ def problems(conv: nn.Conv3d, meeting: Meeting) -> list[Problem]:
         padding,
         _triple(conv.dilation),
     )
-    directions = ["forward"]
-    directions += ["grad_input"] if meeting.grad_input else []
-    directions += ["grad_weight"] if meeting.grad_weight else []
+    needed = dict(zip(DIRECTIONS, (True, meeting.grad_input, meeting.grad_weight)))
     kind = meeting.device.type
     return [
         Problem(
-            direction,
+            layer_pass(name, conv.transposed),
             geometry,
             meeting.dtype,
             meeting.layout,
             kind,
-            bias=direction == "forward" and conv.bias is not None,
+            bias=name == "forward" and conv.bias is not None,
             precision=native.precision(meeting.dtype, kind),
             deterministic=native.deterministic(kind),
+            transposed=conv.transposed,
         )
-        for direction in directions
+        for name, wanted in needed.items()
+        if wanted
     ]
 
 
-def padded(conv: nn.Conv3d, size: Triple) -> tuple[Triple, Triple]:
+def padded(conv: Conv, size: Triple) -> tuple[Triple, Triple]:
     """The size that reaches the kernel and the padding that is left to it.
 
     Padding with something else than zeros is a step of its own, and so is what "same" adds on one side only.

@@ -22,16 +22,16 @@ from g3dswap import native
 from g3dswap.entries import ROOT, Functional, Skipped
 from g3dswap.errors import ArgumentError, ConvertError
 from g3dswap.guard import Inputs, a_type, untouched
-from g3dswap.module import Grouped3D
-from g3dswap.problem import DTYPES, dtype_name
+from g3dswap.module import GROUPED, Conv
+from g3dswap.problem import DTYPES, dtype_name, transposed_size
 from g3dswap.trace import function_name, groups_of, place, user_frame
 
 
 @dataclass(frozen=True)
 class Site:
-    """One module that is, or may become, a ``Grouped3D``; it may have several names."""
+    """One module that is, or may become, one of the `GROUPED` layers; it may have several names."""
 
-    module: nn.Conv3d
+    module: Conv
     names: tuple[str, ...]
 
     @property
@@ -64,7 +64,7 @@ def find(model: nn.Module) -> tuple[list[Site], list[Skipped], dict[int, str]]:
         known[key] = mine[0]
         reason = why_not(module)
         if reason is None:
-            assert isinstance(module, nn.Conv3d)  # why_not has a reason for everything else
+            assert isinstance(module, Conv)  # why_not has a reason for everything else
             sites.append(Site(module, mine))
         else:
             labels = [name or ROOT for name in mine]
@@ -74,8 +74,8 @@ def find(model: nn.Module) -> tuple[list[Site], list[Skipped], dict[int, str]]:
 
 def _groups(module: nn.Module) -> int:
     """The group count of anything that looks like a 3D convolution; 1 for other modules."""
-    looks = isinstance(module, nn.Conv3d) or any("Conv3d" in base.__name__ for base in type(module).__mro__)
-    looks = looks or isinstance(module, nn.ConvTranspose3d)
+    names = [base.__name__ for base in type(module).__mro__]
+    looks = any(plain.__name__ in name for plain in GROUPED for name in names)
     groups = getattr(module, "groups", 1) if looks else 1
     return groups if isinstance(groups, int) else 1
 
@@ -88,14 +88,13 @@ def why_not(module: nn.Module) -> str | None:
             f"its {tensors} is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it "
             "a plain parameter"
         )
-    if isinstance(module, nn.ConvTranspose3d):
-        return "transposed convolutions have no kernels here"
     if _namespace(module).startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torchao.")):
         return "it is quantized, or prepared for quantization"
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) or _uninitialized(module):
         return "it is lazy, without sizes yet; run the model once on an input before converting"
-    if type(module) not in (nn.Conv3d, Grouped3D):
-        return f"{type(module).__qualname__} is a subclass, whose forward may do more than nn.Conv3d's"
+    if type(module) not in {*GROUPED, *GROUPED.values()}:
+        plain = "ConvTranspose3d" if isinstance(module, nn.ConvTranspose3d) else "Conv3d"
+        return f"{type(module).__qualname__} is a subclass, whose forward may do more than nn.{plain}'s"
     if "forward" in vars(module) or "_conv_forward" in vars(module):
         return "its forward is replaced on the instance"
     missing = [name for name in ("weight", "bias") if name not in module._parameters]
@@ -110,6 +109,9 @@ def why_not(module: nn.Module) -> str | None:
     if weight.dtype not in DTYPES:
         supported = ", ".join(dtype_name(dtype) for dtype in DTYPES)
         return f"its dtype {dtype_name(weight.dtype)} has no kernels (they exist for {supported})"
+    extra, stride = cast(Conv, module).output_padding, cast(Conv, module).stride
+    if any(more >= step for more, step in zip(extra, stride)):
+        return f"its output_padding {extra} reaches its stride {stride}, for which there are no kernels"
     return None
 
 
@@ -181,6 +183,8 @@ class Meeting:
     device: torch.device
     grad_input: bool
     grad_weight: bool
+    output_padding: tuple[int, ...] = ()
+    """What the call's ``output_size`` made of a transposed layer's; empty for the layer's own."""
 
 
 @dataclass
@@ -207,7 +211,7 @@ def observe(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Shapes:
         # The first run gives lazy modules their sizes, for good.
         runs = copy.deepcopy(model)
         twins = dict(zip(map(id, model.modules()), runs.modules()))
-        modules = [cast(nn.Conv3d, twins[id(module)]) for module in modules]
+        modules = [cast(Conv, twins[id(module)]) for module in modules]
     try:
         try:
             found, functional = _run(runs, modules, inputs, keep=False)
@@ -221,7 +225,7 @@ def observe(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Shapes:
 
 
 def _run(
-    model: nn.Module, modules: Sequence[nn.Conv3d], inputs: Inputs, keep: bool
+    model: nn.Module, modules: Sequence[Conv], inputs: Inputs, keep: bool
 ) -> tuple[list[list[Meeting]], list[Functional]]:
     """What each module meets, and the functional calls."""
     meetings: list[list[Meeting]] = [[] for _ in modules]
@@ -267,11 +271,14 @@ class _Hook:
         self.meetings = meetings
         self.grads = grads
 
-    def __call__(self, module: nn.Conv3d, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(self, module: Conv, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         value = args[0] if args else kwargs.get("input")
         if not isinstance(value, Tensor) or value.dim() not in (4, 5):
             return  # The layer itself will say what is wrong with it.
         shape = tuple(value.shape) if value.dim() == 5 else (1, *value.shape)
+        extra = _asked_for(module, value, args[1] if len(args) > 1 else kwargs.get("output_size"))
+        if module.transposed and min(_size(module, shape[2:], extra)) < 1:
+            return  # The result is empty.
         trains = self.grads and module.weight.requires_grad
         # Where a part of the forward runs without recording (re-entrant activation checkpointing, which
         # recomputes it later), the input says nothing: then assume what the weight says.
@@ -284,9 +291,26 @@ class _Hook:
             device=value.device,
             grad_input=self.grads and needs,
             grad_weight=trains,
+            output_padding=extra,
         )
         if meeting not in self.meetings:
             self.meetings.append(meeting)
+
+
+def _size(module: Any, size: Sequence[int], extra: Sequence[int]) -> list[int]:
+    """The size that a transposed layer makes of this one."""
+    options = module.kernel_size, module.stride, module.padding, module.dilation
+    return transposed_size(size, *options, extra or module.output_padding)
+
+
+def _asked_for(module: Conv, value: Tensor, output_size: Any) -> tuple[int, ...]:
+    """The output padding that a transposed layer's ``output_size`` means, where it is not the layer's own."""
+    if output_size is None or not isinstance(module, nn.ConvTranspose3d):
+        return ()
+    layer: Any = module
+    options = layer.stride, layer.padding, layer.kernel_size, 3, layer.dilation
+    extra = tuple(layer._output_padding(value, list(output_size), *options))
+    return () if extra == tuple(layer.output_padding) else extra
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
@@ -297,7 +321,7 @@ def compute_dtype(value: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
 
 
-def layout_of(module: nn.Conv3d, value: Tensor) -> str:
+def layout_of(module: Conv, value: Tensor) -> str:
     """The layout in which PyTorch would compute and return the layer's output."""
     image = value if value.dim() == 5 else value.unsqueeze(0)
     image = image.detach().to(compute_dtype(value))
@@ -345,7 +369,7 @@ class _FunctionCalls(TorchFunctionMode):
 
     @staticmethod
     def _inside_layer() -> bool:
-        """Called by ``nn.Conv3d`` (or a subclass of it): that is a layer, reported as such."""
+        """Called by a layer of PyTorch's (or a subclass of one): that is a layer, reported as such."""
         frame = sys._getframe(2)
         for _ in range(4):
             if isinstance(frame.f_locals.get("self"), nn.modules.conv._ConvNd):

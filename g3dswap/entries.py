@@ -35,6 +35,8 @@ class Layer:
     dilation: tuple[int, ...]
     padding_mode: str = "zeros"
     bias: bool = False
+    transposed: bool = False
+    output_padding: tuple[int, ...] = (0, 0, 0)
 
     @classmethod
     def of(cls, conv: nn.Module) -> Layer:
@@ -51,6 +53,8 @@ class Layer:
             dilation=tuple(module.dilation),
             padding_mode=str(getattr(module, "padding_mode", "zeros")),
             bias=getattr(module, "bias", None) is not None,
+            transposed=bool(getattr(module, "transposed", False)),
+            output_padding=tuple(getattr(module, "output_padding", (0, 0, 0))),
         )
 
     @classmethod
@@ -62,13 +66,16 @@ class Layer:
 
     def __str__(self) -> str:
         channels = f"{self.in_channels}->{self.out_channels}"
-        parts = [channels, f"g{self.groups}", _numbers(self.kernel_size)]
+        parts = ["transposed"] if self.transposed else []
+        parts += [channels, f"g{self.groups}", _numbers(self.kernel_size)]
         if set(self.stride) != {1}:
             parts.append(f"s{_short(self.stride)}")
         if isinstance(self.padding, str):
             parts.append(self.padding)
         elif set(self.padding) != {0}:
             parts.append(f"p{_short(self.padding)}")
+        if set(self.output_padding) != {0}:
+            parts.append(f"op{_short(self.output_padding)}")
         if set(self.dilation) != {1}:
             parts.append(f"d{_short(self.dilation)}")
         if self.padding_mode != "zeros":
@@ -112,20 +119,24 @@ class Call:
     layout: str
     device: str
     passes: tuple[PassChoice, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    """What the ``output_size`` of a call of a transposed layer made of the layer's own; empty for that."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Call:
         passes = tuple(PassChoice(**item) for item in data["passes"])
-        return cls(tuple(data["shape"]), data["dtype"], data["layout"], data["device"], passes)
+        extra = tuple(data.get("output_padding", ()))
+        return cls(tuple(data["shape"]), data["dtype"], data["layout"], data["device"], passes, extra)
 
     def __str__(self) -> str:
         last = " channels_last" if self.layout == "channels_last_3d" else ""
-        return f"{_numbers(self.shape)} {self.dtype}{last}"
+        extra = f" op{_short(self.output_padding)}" if self.output_padding else ""
+        return f"{_numbers(self.shape)} {self.dtype}{last}{extra}"
 
 
 @dataclass(frozen=True)
 class Swapped:
-    """A layer that is a ``Grouped3D`` now (or, in an inspection, would become one)."""
+    """A layer that was replaced by its faster twin (or, in an inspection, would be)."""
 
     name: str
     geometry: Layer
@@ -140,7 +151,7 @@ class Swapped:
 
 @dataclass(frozen=True)
 class Kept:
-    """A layer that stays ``nn.Conv3d`` although g3dswap could replace it."""
+    """A layer that stays PyTorch's although g3dswap could replace it."""
 
     name: str
     geometry: Layer

@@ -9,14 +9,14 @@ one group, integers and complex numbers, empty tensors, other devices, and argum
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import choose, native
 from .choice import Choice
-from .problem import DTYPES
+from .problem import DTYPES, transposed_size
 
 Ints = Sequence[int]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -27,23 +27,38 @@ _choices: dict[Any, Choice] = choose.lookup()
 _MOST_CHOICES = 10_000
 
 
-# The dispatcher does not pass trailing arguments that equal the schema's defaults, hence the defaults here.
+class Conf(NamedTuple):
+    """What a call of a layer says beside its tensors, in the order of the operators' schemas."""
+
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
+    tune: str
+    cache: str
+    transposed: bool
+    output_padding: Ints
 
 
-def conv3d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+def conf_of(
     stride: Ints = ONES,
     padding: Ints = ZEROS,
     dilation: Ints = ONES,
     groups: int = 1,
     tune: str = "cached",
     cache: str = "",
-) -> Tensor:
+    transposed: bool = False,
+    output_padding: Ints = ZEROS,
+) -> Conf:
+    """The arguments of an operator, hashable; the dispatcher leaves out trailing ones that are defaults."""
+    return Conf(
+        tuple(stride), tuple(padding), tuple(dilation), groups, tune, cache, transposed, tuple(output_padding)
+    )
+
+
+def conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any) -> Tensor:
     """The forward kernel on real CPU and CUDA tensors."""
-    shape = input.shape
-    conf = tuple(stride), tuple(padding), tuple(dilation), groups, tune, cache
+    shape, conf = input.shape, conf_of(*given)
     if len(shape) == 5 and shape[0]:
         key = (
             "forward", shape[1:], input.stride(), input.dtype, input.device,
@@ -55,15 +70,10 @@ def conv3d(
         if choice is not None:
             if choice.is_native:
                 return native.forward(choice.problem, input, weight, bias)
-            layout = choice.problem.memory_format
-            return choice.run(
-                input.contiguous(memory_format=layout),
-                weight.contiguous(memory_format=layout),
-                None if bias is None else bias.contiguous(),
-            )
+            return _run(choice, input, weight, bias)
     elif len(shape) == 4 and weight.dim() == 5:
         return conv3d(input.unsqueeze(0), weight, bias, *conf).squeeze(0)
-    return torch.conv3d(input, weight, bias, *conf[:4])
+    return pytorch(input, weight, bias, conf)
 
 
 def conv3d_backward(
@@ -75,14 +85,13 @@ def conv3d_backward(
     dilation: Ints,
     groups: int,
     output_mask: Sequence[bool],
-    tune: str = "cached",
-    cache: str = "",
+    *given: Any,
 ) -> Grads:
     """The backward kernel on real CPU and CUDA tensors; None for what ``output_mask`` leaves out."""
-    conf = tuple(stride), tuple(padding), tuple(dilation), groups, tune, cache
+    conf = conf_of(stride, padding, dilation, groups, *given)
     if input.dim() == 4 and weight.dim() == 5:
         of_input, of_weight, of_bias = conv3d_backward(
-            grad_output.unsqueeze(0), input.unsqueeze(0), weight, *conf[:4], output_mask, tune, cache
+            grad_output.unsqueeze(0), input.unsqueeze(0), weight, *conf[:4], output_mask, *conf[4:]
         )
         return None if of_input is None else of_input.squeeze(0), of_weight, of_bias
     return (
@@ -92,46 +101,73 @@ def conv3d_backward(
     )
 
 
-def _gradient(direction: str, grad_output: Tensor, input: Tensor, weight: Tensor, conf: Any) -> Tensor:
+def _gradient(name: str, grad_output: Tensor, input: Tensor, weight: Tensor, conf: Conf) -> Tensor:
     """One of the two gradients that are convolutions, of 5-D tensors."""
     if input.shape[0]:
         key = (
-            direction, input.shape[1:], input.stride(), input.dtype, input.device,
+            name, input.shape[1:], input.stride(), input.dtype, input.device,
             weight.shape, weight.stride(), weight.dtype, weight.device,
             (grad_output.shape[1:], grad_output.dtype, grad_output.device),
             conf, native.switch_state(input.is_cpu),
         )  # fmt: skip
-        choice = _choices.get(key) or _choose(key, direction, input, weight, None, conf, grad_output)
+        choice = _choices.get(key) or _choose(key, name, input, weight, None, conf, grad_output)
         if choice is not None:
             if choice.is_native:
-                return native.run(choice.problem, grad_output, input, weight)
-            layout = choice.problem.memory_format
-            operands = (grad_output, input, weight)
-            return choice.run(*(x.contiguous(memory_format=layout) for x in operands))
+                return native.gradient(choice.problem, grad_output, input, weight)
+            return _run(choice, grad_output, input, weight)
+    mask = [name == "grad_input", name == "grad_weight", False]
+    found = pytorch_backward(grad_output, input, weight, conf, mask)[mask.index(True)]
+    assert found is not None
+    return found
+
+
+def _run(choice: Choice, *tensors: Tensor | None) -> Tensor:
+    """Our kernel on the operands of a layer's pass."""
+    layout = choice.problem.memory_format
+    operands = native.operands(choice.problem, *tensors)
+    return choice.run(
+        *(
+            x if x is None else x.contiguous(memory_format=layout) if x.dim() == 5 else x.contiguous()
+            for x in operands
+        )
+    )
+
+
+def pytorch(input: Tensor, weight: Tensor, bias: Tensor | None, conf: Conf) -> Tensor:
+    """The layer by PyTorch's function."""
     stride, padding, dilation, groups = conf[:4]
-    mask = [direction == "grad_input", direction == "grad_weight", False]
+    if conf.transposed:
+        extra = conf.output_padding
+        return torch.conv_transpose3d(input, weight, bias, stride, padding, extra, groups, dilation)
+    return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def pytorch_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, conf: Conf, mask: Sequence[bool]
+) -> Grads:
+    """The layer's gradients by PyTorch's function, of 5-D tensors."""
+    options = conf.stride, conf.padding, conf.dilation, conf.transposed, conf.output_padding, conf.groups
     return torch.ops.aten.convolution_backward(
-        grad_output, input, weight, None, stride, padding, dilation, False, ZEROS, groups, mask
-    )[mask.index(True)]
+        grad_output, input, weight, [filters(weight, conf)], *options, mask
+    )
 
 
 def _choose(
     key: tuple[Any, ...],
-    direction: str,
+    name: str,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    conf: Any,
+    conf: Conf,
     grad_output: Tensor | None = None,
 ) -> Choice | None:
     """The choice for a call that is not in the dictionary yet; None where PyTorch has to judge the call."""
-    stride, padding, dilation, groups, tune, cache = conf
-    if not covered(input, weight, bias, stride, padding, dilation, groups, grad_output):
+    if not covered(input, weight, bias, conf, grad_output):
         return None
     if input.is_cuda and torch.cuda.is_current_stream_capturing():
         return None  # nothing can be compiled, measured or checked inside a CUDA graph
-    problem = native.problem(direction, input, weight, bias, stride, padding, dilation, groups)
-    choice = choose.resolve(problem, input.shape[0], tune, cache)
+    problem = native.problem(name, input, weight, bias, *conf[:4], conf.transposed, conf.output_padding)
+    choice = choose.resolve(problem, input.shape[0], conf.tune, conf.cache)
     if len(_choices) >= _MOST_CHOICES:  # a model that sees ever new sizes
         _choices.clear()
     _choices[key] = choice
@@ -139,38 +175,44 @@ def _choose(
 
 
 def covered(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
-    grad_output: Tensor | None = None,
+    input: Tensor, weight: Tensor, bias: Tensor | None, conf: Conf, grad_output: Tensor | None = None
 ) -> bool:
     """Whether a call is one that our kernels do: grouped, floating point, not empty, and without fault."""
+    stride, padding, dilation, groups = conf[:4]
     if groups < 2 or input.dim() != 5 or weight.dim() != 5 or input.dtype not in DTYPES:
         return False
-    if not len(stride) == len(padding) == len(dilation) == 3:
+    if not len(stride) == len(padding) == len(dilation) == len(conf.output_padding) == 3:
         return False  # PyTorch takes one number for all three dimensions, or says what is wrong
-    filters = weight.shape[0]
     others = [weight, *(x for x in (bias, grad_output) if x is not None)]
     if any(x.dtype != input.dtype or x.device != input.device for x in others):
         return False
     if input.device.type not in ("cpu", "cuda") or any(x.layout != torch.strided for x in (input, *others)):
         return False
-    if input.shape[1] != weight.shape[1] * groups or filters % groups or not min(weight.shape):
+    channels = weight.shape[0] if conf.transposed else weight.shape[1] * groups
+    if input.shape[1] != channels or weight.shape[0] % groups or not min(weight.shape):
         return False
-    if bias is not None and bias.shape != (filters,):
+    if bias is not None and bias.shape != (filters(weight, conf),):
         return False
     if not (min(stride) > 0 and min(padding) >= 0 and min(dilation) > 0 and min(input.shape[1:]) > 0):
         return False
-    size = output_size(input, weight, stride, padding, dilation)
-    expected = (input.shape[0], filters, *size)
-    return min(size) > 0 and (grad_output is None or tuple(grad_output.shape) == expected)
+    # PyTorch allows more than the stride where the dilation is larger. No convolution has that as its input.
+    if not all(0 <= more < step for more, step in zip(conf.output_padding, stride)):
+        return False
+    shape = output_shape(input, weight, conf)
+    return min(shape[2:]) > 0 and (grad_output is None or list(grad_output.shape) == shape)
 
 
-def output_size(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
-    """(TO, HO, WO) of valid 5-D operands; symbolic sizes stay symbolic."""
-    sizes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return [(s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in sizes]
+def filters(weight: Tensor, conf: Conf) -> int:
+    """The number of channels of the layer's output."""
+    return weight.shape[1] * conf.groups if conf.transposed else weight.shape[0]
+
+
+def output_shape(input: Tensor, weight: Tensor, conf: Conf) -> list[int]:
+    """(N, F, TO, HO, WO) of valid 5-D operands; symbolic sizes stay symbolic."""
+    options = conf.stride, conf.padding, conf.dilation
+    if conf.transposed:
+        size = transposed_size(input.shape[2:], weight.shape[2:], *options, conf.output_padding)
+    else:
+        axes = zip(input.shape[2:], weight.shape[2:], *options)
+        size = [(s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in axes]
+    return [input.shape[0], filters(weight, conf), *size]

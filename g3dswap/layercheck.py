@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from g3dswap import native, workload
 from g3dswap.discover import Meeting
+from g3dswap.module import Conv
 from g3dswap.problem import LAYOUTS
 
 MOST_IMAGES = 2
@@ -17,9 +19,9 @@ MOST_IMAGES = 2
 
 
 def check_layer(
-    conv: nn.Conv3d,
+    conv: Conv,
     meeting: Meeting,
-    swap: Callable[[nn.Conv3d], nn.Conv3d],
+    swap: Callable[[Any], nn.Module],
     bounds: Mapping[str, float],
 ) -> str | None:
     """What is wrong with the swapped layer on this kind of input; None if nothing is.
@@ -41,7 +43,7 @@ def check_layer(
         weight = torch.empty_like(conv.weight, dtype=meeting.dtype, device=device)
         weight.data.copy_(normal(*conv.weight.shape))
         bias = None if conv.bias is None else normal(*conv.bias.shape)
-        twin = _conv(conv, conv.groups, weight.detach(), bias)
+        twin = _conv(conv, meeting, conv.groups, weight.detach(), bias)
         value = normal(batch, conv.in_channels, *meeting.size)
         value = value.contiguous(memory_format=LAYOUTS[meeting.layout])
         with torch.no_grad():
@@ -49,7 +51,8 @@ def check_layer(
         grad = normal(*shape).contiguous(memory_format=LAYOUTS[meeting.layout])
         theirs = _passes(twin, value, grad, meeting)
         ours = _passes(swap(twin), value, grad, meeting)
-        groups = _affordable(conv, shape, device.type)
+        # Of input and output, the one whose channels come first in the weight.
+        groups = _affordable(conv, value.shape if conv.transposed else shape, device.type)
         reference = _reference(conv, groups, weight, bias, value, grad, meeting)
     for name, wanted in reference.items():
         dim = 1 if name in ("forward", "grad_input") else 0
@@ -62,27 +65,33 @@ def check_layer(
     return None
 
 
-def _conv(conv: nn.Conv3d, groups: int, weight: Tensor, bias: Tensor | None) -> nn.Conv3d:
+def _conv(conv: Conv, meeting: Meeting, groups: int, weight: Tensor, bias: Tensor | None) -> Conv:
     """A convolution with the arguments of ``conv``, but this many of its groups and these weights."""
-    result = nn.Conv3d(
-        groups * (conv.in_channels // conv.groups),
-        weight.shape[0],
-        conv.kernel_size,  # type: ignore[arg-type]
-        stride=conv.stride,  # type: ignore[arg-type]
-        padding=conv.padding,  # type: ignore[arg-type]
-        dilation=conv.dilation,  # type: ignore[arg-type]
-        groups=groups,
-        bias=bias is not None,
-        padding_mode=conv.padding_mode,
-        device="meta",
-        dtype=weight.dtype,
-    )
+    arguments: dict[str, Any] = {
+        "in_channels": groups * (conv.in_channels // conv.groups),
+        "out_channels": groups * (conv.out_channels // conv.groups),
+        "kernel_size": conv.kernel_size,
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": groups,
+        "bias": bias is not None,
+        "padding_mode": conv.padding_mode,
+        "device": "meta",
+        "dtype": weight.dtype,
+    }
+    result: Conv
+    if conv.transposed:
+        extra: Any = meeting.output_padding or conv.output_padding
+        result = nn.ConvTranspose3d(**arguments, output_padding=extra)
+    else:
+        result = nn.Conv3d(**arguments)
     result.weight = nn.Parameter(weight)
     result.bias = None if bias is None else nn.Parameter(bias)
     return result
 
 
-def _passes(layer: nn.Conv3d, value: Tensor, grad: Tensor, meeting: Meeting) -> dict[str, Tensor]:
+def _passes(layer: Any, value: Tensor, grad: Tensor, meeting: Meeting) -> dict[str, Tensor]:
     """Forward and the gradients that are needed, by name."""
     value = value.detach().requires_grad_(meeting.grad_input)
     for parameter in layer.parameters():
@@ -98,14 +107,14 @@ def _passes(layer: nn.Conv3d, value: Tensor, grad: Tensor, meeting: Meeting) -> 
     return {"forward": out.detach(), **dict(zip(targets, found))}
 
 
-def _affordable(conv: nn.Conv3d, shape: torch.Size, device: str) -> list[int]:
+def _affordable(conv: Conv, shape: torch.Size, device: str) -> list[int]:
     """The groups whose float64 result can be waited for; the last is always among them."""
-    flops = 2 * prod(shape) * prod(conv.kernel_size) * (conv.in_channels // conv.groups)
+    flops = 2 * prod(shape) * prod(conv.weight.shape[1:])
     return workload.spread(conv.groups, int(workload.REFERENCE_FLOPS[device] * conv.groups / max(flops, 1)))
 
 
 def _reference(
-    conv: nn.Conv3d,
+    conv: Conv,
     groups: list[int],
     weight: Tensor,
     bias: Tensor | None,
@@ -118,7 +127,7 @@ def _reference(
     def part(tensor: Tensor, dim: int) -> Tensor:
         return _part(tensor.detach(), groups, conv.groups, dim).double().contiguous()
 
-    layer = _conv(conv, len(groups), part(weight, 0), None if bias is None else part(bias, 0))
+    layer = _conv(conv, meeting, len(groups), part(weight, 0), None if bias is None else part(bias, 0))
     return _passes(layer, part(value, 1), part(grad, 1), meeting)
 
 

@@ -1,11 +1,15 @@
-"""``Grouped3D``: an ``nn.Conv3d`` whose passes each run the kernel chosen for them."""
+"""``Grouped3D`` and ``Grouped3DTranspose``: an ``nn.Conv3d`` and an ``nn.ConvTranspose3d`` whose passes each
+run the kernel chosen for them.
+
+What the two have in common is in ``Grouped``; `GROUPED` says which layer of PyTorch's each stands for.
+"""
 
 from __future__ import annotations
 
 import copy
 import os
 import weakref
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,65 +21,45 @@ from .problem import dtype_name
 
 TUNE = ("none", "cached", "quick", "full")
 
-_Conv = TypeVar("_Conv", bound=nn.Conv3d)
+Conv = nn.Conv3d | nn.ConvTranspose3d
+"""The layers of PyTorch's that have a faster twin."""
+
+_Moved = TypeVar("_Moved", bound=nn.Module)
+_Self = TypeVar("_Self", bound="Grouped")
 
 
-class Grouped3D(nn.Conv3d):
-    """``nn.Conv3d`` with the same parameters, state_dict, arguments and results, only faster.
+class Grouped(nn.Module):
+    """What makes a layer of PyTorch's, which a subclass inherits beside this, run the chosen kernels.
 
     ``tune`` says how the kernel of a shape is chosen when it is first seen: "none" takes an untimed
     default, "cached" what the options cache has, "quick" and "full" measure what it does not have.
     ``cache`` is the options cache's directory, by default the user's. Both are plain attributes.
 
-    A fault in the arguments or the input raises an ArgumentError; one that ``nn.Conv3d`` would meet with
+    A fault in the arguments or the input raises an ArgumentError; one that PyTorch's layer would meet with
     a RuntimeError (wrong shape, wrong dtype) raises an InputError, which is a RuntimeError too.
     """
+
+    plain: ClassVar[type[nn.Module]]
+    """The class of PyTorch's that it stands for."""
 
     tune: str
     cache: str | None
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int, int],
-        stride: int | tuple[int, int, int] = 1,
-        padding: str | int | tuple[int, int, int] = 0,
-        dilation: int | tuple[int, int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        tune: str = "quick",
-        cache: str | os.PathLike[str] | None = None,
-    ) -> None:
-        if groups < 1:
-            raise ArgumentError(f"groups={groups} must be a positive integer; use 1 for an ungrouped layer.")
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels % groups:
-                raise ArgumentError(
-                    f"{name}={channels} is not divisible by groups={groups}; "
-                    "choose a group count that divides both channel counts."
-                )
-        tune, cache = _checked(tune, cache)
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype,  # type: ignore[arg-type]  # the constructor checks the mode
-        )  # fmt: skip
-        self.tune, self.cache = tune, cache
+    # Of PyTorch's layer.
+    in_channels: int
+    out_channels: int
+    groups: int
 
     @classmethod
     def from_conv(
-        cls,
-        conv: nn.Conv3d,
+        cls: type[_Self],
+        conv: nn.Module,
         *,
         tune: str = "quick",
         cache: str | os.PathLike[str] | None = None,
         share: bool = True,
-    ) -> Grouped3D:
-        """A Grouped3D to stand in the place of ``conv``, with everything that was attached to it.
+    ) -> _Self:
+        """A layer to stand in the place of ``conv``, with everything that was attached to it.
 
         With ``share`` it holds the very same Parameter and hook objects (handles of hooks stay valid, an
         optimizer too), and ``conv`` is not to be used on; without, it has copies of its own. Raises
@@ -83,49 +67,47 @@ class Grouped3D(nn.Conv3d):
         and layers whose forward was replaced.
         """
         tune, cache = _checked(tune, cache)
-        if type(conv) is not nn.Conv3d:
+        if type(conv) is not cls.plain:
+            name = cls.plain.__name__
             raise ArgumentError(
-                f"{type(conv).__name__} is not exactly nn.Conv3d and may compute something else; "
-                "convert only plain nn.Conv3d layers."
+                f"{type(conv).__name__} is not exactly nn.{name} and may compute something else; "
+                f"convert only plain nn.{name} layers."
             )
         module = _moved(conv, cls, share)
         module.tune, module.cache = tune, cache
         return module
 
-    def to_conv(self, *, share: bool = True) -> nn.Conv3d:
-        """The way back: an nn.Conv3d to stand in this module's place, as ``from_conv`` does."""
-        conv = _moved(self, nn.Conv3d, share)
+    def to_conv(self, *, share: bool = True) -> Any:
+        """The way back: PyTorch's layer to stand in this module's place, as ``from_conv`` does."""
+        conv = _moved(self, self.plain, share)
         del conv.__dict__["tune"], conv.__dict__["cache"]
         return conv
 
     def extra_repr(self) -> str:
-        """As of nn.Conv3d, with ``tune`` and, where it is not the default, ``cache``."""
+        """As of PyTorch's layer, with ``tune`` and, where it is not the default, ``cache``."""
         cache = "" if self.cache is None else f", cache={self.cache!r}"
         return f"{super().extra_repr()}, tune={self.tune!r}{cache}"
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        try:
-            padding: Any = self.padding
-            if self.padding_mode != "zeros":
-                input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-                padding = op.ZEROS
-            elif padding == "same":
-                input, padding = op.same_padding(input, self.kernel_size, self.dilation)
-            elif padding == "valid":
-                padding = op.ZEROS
-            geometry = self.stride, padding, self.dilation, self.groups
-            return op.call(input, weight, bias, *geometry, self.tune, self.cache or "")
-        except (RuntimeError, TypeError, AttributeError) as error:
-            if not isinstance(input, Tensor):
-                message = f"The input is a {type(input).__name__}; pass a torch.Tensor."
-                raise InputTypeError(message) from error
-            message = self._fault(input, weight)
-            if message is None:
-                raise
-            raise InputError(message) from error
+    def _run(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, output_padding: Any = None
+    ) -> Tensor:
+        """The operator; transposed where there is an ``output_padding``."""
+        module: Any = self
+        geometry = module.stride, padding, module.dilation, self.groups
+        more = () if output_padding is None else (True, output_padding)
+        return op.call(input, weight, bias, *geometry, self.tune, self.cache or "", *more)
+
+    def _raise(self, error: Exception, input: Any, weight: Tensor) -> NoReturn:
+        """Say what is wrong with an input that PyTorch refused, in one sentence; or pass its error on."""
+        if not isinstance(input, Tensor):
+            message = f"The input is a {type(input).__name__}; pass a torch.Tensor."
+            raise InputTypeError(message) from error
+        fault = self._fault(input, weight)
+        if fault is None:
+            raise error
+        raise InputError(fault) from error
 
     def _fault(self, input: Tensor, weight: Tensor) -> str | None:
-        """What is wrong with an input that PyTorch refused, in one sentence; None if it is something else."""
         shape = tuple(input.shape)
         wanted = f"({self.in_channels}, T, H, W) or (N, {self.in_channels}, T, H, W)"
         if len(shape) not in (4, 5):
@@ -146,6 +128,119 @@ class Grouped3D(nn.Conv3d):
         return None
 
 
+class Grouped3D(Grouped, nn.Conv3d):
+    """``nn.Conv3d`` with the same parameters, state_dict, arguments and results, only faster.
+
+    ``tune`` and ``cache``, and errors: as ``Grouped`` says.
+    """
+
+    plain = nn.Conv3d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int, int],
+        stride: int | tuple[int, int, int] = 1,
+        padding: str | int | tuple[int, int, int] = 0,
+        dilation: int | tuple[int, int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        tune: str = "quick",
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        _check_groups(in_channels, out_channels, groups)
+        tune, cache = _checked(tune, cache)
+        nn.Conv3d.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,  # type: ignore[arg-type]  # the constructor checks the mode
+        )  # fmt: skip
+        self.tune, self.cache = tune, cache
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        try:
+            padding: Any = self.padding
+            if self.padding_mode != "zeros":
+                input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+                padding = op.ZEROS
+            elif padding == "same":
+                input, padding = op.same_padding(input, self.kernel_size, self.dilation)
+            elif padding == "valid":
+                padding = op.ZEROS
+            return self._run(input, weight, bias, padding)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            self._raise(error, input, weight)
+
+
+class Grouped3DTranspose(Grouped, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with the same parameters, state_dict, arguments and results, only faster.
+
+    ``tune`` and ``cache``, and errors: as ``Grouped`` says.
+    """
+
+    plain = nn.ConvTranspose3d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int, int],
+        stride: int | tuple[int, int, int] = 1,
+        padding: int | tuple[int, int, int] = 0,
+        output_padding: int | tuple[int, int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int, int] = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        tune: str = "quick",
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        _check_groups(in_channels, out_channels, groups)
+        tune, cache = _checked(tune, cache)
+        nn.ConvTranspose3d.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
+            dilation, padding_mode, device, dtype,  # type: ignore[arg-type]  # the constructor checks the mode
+        )  # fmt: skip
+        self.tune, self.cache = tune, cache
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As nn.ConvTranspose3d; ``output_size`` is (T, H, W), or the whole shape, of what is wanted."""
+        try:
+            extra = self.output_padding if output_size is None else self._extra(input, output_size)
+            return self._run(input, self.weight, self.bias, self.padding, extra)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            self._raise(error, input, self.weight)
+
+    def _extra(self, input: Tensor, output_size: list[int]) -> Any:
+        """The output padding that gives this size; ValueError if none does."""
+        layer: Any = self
+        return layer._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, 3, self.dilation
+        )
+
+
+GROUPED: dict[type[nn.Module], type[Grouped]] = {cls.plain: cls for cls in (Grouped3D, Grouped3DTranspose)}
+"""PyTorch's layer and the one that takes its place."""
+
+
+def _check_groups(in_channels: int, out_channels: int, groups: int) -> None:
+    if groups < 1:
+        raise ArgumentError(f"groups={groups} must be a positive integer; use 1 for an ungrouped layer.")
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels % groups:
+            raise ArgumentError(
+                f"{name}={channels} is not divisible by groups={groups}; "
+                "choose a group count that divides both channel counts."
+            )
+
+
 def _checked(tune: str, cache: str | os.PathLike[str] | None) -> tuple[str, str | None]:
     if tune not in TUNE:
         raise ArgumentError(f"tune={tune!r} is unknown; use one of {', '.join(TUNE)}.")
@@ -154,7 +249,7 @@ def _checked(tune: str, cache: str | os.PathLike[str] | None) -> tuple[str, str 
     return tune, None if cache is None else os.fspath(cache)
 
 
-def _moved(module: nn.Conv3d, cls: type[_Conv], share: bool) -> _Conv:
+def _moved(module: nn.Module, cls: type[_Moved], share: bool) -> _Moved:
     """The module as one of class ``cls``, without running a constructor."""
     own = module.__dict__
     replaced = sorted({"forward", "_conv_forward"} & own.keys())

@@ -1,14 +1,14 @@
 """``torch.ops.g3dswap.conv3d``: a 3D convolution whose three passes each run the kernel chosen for them.
 
-Two operators, ``conv3d`` and ``conv3d_backward``, as PyTorch's dispatcher sees them: what autograd (to
-any order: the derivatives of both are made of the two), autocast, fake tensors and functorch do with
-them. What they do with real tensors is in ``execute``.
+With ``transposed`` it is a transposed one, as in ``torch.convolution``. Two operators, ``conv3d`` and
+``conv3d_backward``, as PyTorch's dispatcher sees them: what autograd (to any order: the derivatives of
+both are made of the two), autocast, fake tensors and functorch do with them. What they do with real
+tensors is in ``execute``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 from . import execute, native
-from .execute import ONES, ZEROS, Grads, Ints, covered, output_size
+from .execute import ONES, ZEROS, Conf, Grads, Ints, conf_of, covered
 from .problem import DTYPES
 
 # Exact strides: the layout of the operands decides the layout of the result, in the fake kernels as well.
@@ -25,13 +25,14 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _LIBRARY = torch.library.Library("g3dswap", "DEF")
 _LIBRARY.define(
     "conv3d(Tensor input, Tensor weight, Tensor? bias=None, int[3] stride=1, int[3] padding=0, "
-    'int[3] dilation=1, int groups=1, str tune="cached", str cache="") -> Tensor',
+    'int[3] dilation=1, int groups=1, str tune="cached", str cache="", bool transposed=False, '
+    "int[3] output_padding=0) -> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
     "conv3d_backward(Tensor grad_output, Tensor input, Tensor weight, int[3] stride, int[3] padding, "
-    'int[3] dilation, int groups, bool[3] output_mask, str tune="cached", str cache="") '
-    "-> (Tensor, Tensor, Tensor)",
+    'int[3] dilation, int groups, bool[3] output_mask, str tune="cached", str cache="", '
+    "bool transposed=False, int[3] output_padding=0) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _FORWARD = torch.ops.g3dswap.conv3d.default
@@ -66,6 +67,24 @@ def conv3d(
     return call(input, weight, bias, stride, _triple(padding), dilation, groups, tune, cache)
 
 
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Ints = 1,
+    padding: int | Ints = 0,
+    output_padding: int | Ints = 0,
+    groups: int = 1,
+    dilation: int | Ints = 1,
+    *,
+    tune: str = "cached",
+    cache: str = "",
+) -> Tensor:
+    """``torch.nn.functional.conv_transpose3d``, the same arguments and errors; as ``conv3d``."""
+    options = _triple(stride), _triple(padding), _triple(dilation), groups, tune, cache
+    return call(input, weight, bias, *options, True, _triple(output_padding))
+
+
 def call(
     input: Tensor,
     weight: Tensor,
@@ -76,6 +95,8 @@ def call(
     groups: int,
     tune: str,
     cache: str,
+    transposed: bool = False,
+    output_padding: Ints = ZEROS,
 ) -> Tensor:
     """``torch.ops.g3dswap.conv3d``, past the dispatcher where it would only cost time.
 
@@ -83,9 +104,9 @@ def call(
     for what is executed (the compiler, modes, subclasses, autocast, functorch, the profiler), and where
     nobody asks, what it would call is known.
     """
+    conf = stride, padding, dilation, groups, tune, cache, transposed, output_padding
     if torch.compiler.is_compiling() or groups < 2 or not _unobserved(input, weight, bias):
-        return _FORWARD(input, weight, bias, stride, padding, dilation, groups, tune, cache)
-    conf = stride, padding, dilation, groups, tune, cache
+        return _FORWARD(input, weight, bias, *conf)
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -143,9 +164,8 @@ class _Conv3d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         input, weight = ctx.saved_tensors
-        mask = _needed(ctx, 0)
-        *geometry, tune, cache = ctx.conf
-        return *_BACKWARD(grads[0], input, weight, *geometry, mask, tune, cache), None, None
+        mask, conf = _needed(ctx, 0), ctx.conf
+        return *_BACKWARD(grads[0], input, weight, *conf[:4], mask, *conf[4:]), None, None
 
 
 class _Conv3dBackward(torch.autograd.Function):
@@ -153,7 +173,7 @@ class _Conv3dBackward(torch.autograd.Function):
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:3])
-        *ctx.geometry, _, ctx.tune, ctx.cache = args[3:]
+        ctx.conf = conf_of(*args[3:7], *args[8:])
         return _below(keyset, execute.conv3d_backward, _BACKWARD, *args)
 
     @staticmethod
@@ -161,7 +181,7 @@ class _Conv3dBackward(torch.autograd.Function):
         """``grads`` belong to grad_input, grad_weight and grad_bias; any may be None."""
         grad_output, input, weight = ctx.saved_tensors
         of_input, of_weight, of_bias = grads
-        conf = *ctx.geometry, ctx.tune, ctx.cache
+        conf = ctx.conf
         needs = _needed(ctx, 1)
         results: list[Tensor | None] = [None, None, None]
         if needs[0]:
@@ -174,15 +194,15 @@ class _Conv3dBackward(torch.autograd.Function):
                 terms.append(of_bias.view(-1, 1, 1, 1).expand_as(grad_output))
             results[0] = functools.reduce(torch.add, terms) if terms else None
         if needs[1] and of_weight is not None:
-            results[1] = _backward(grad_output, input, of_weight, ctx, 0)
+            results[1] = _backward(grad_output, input, of_weight, conf, 0)
         if needs[2] and of_input is not None:
-            results[2] = _backward(grad_output, of_input, weight, ctx, 1)
-        return None, *results, *[None] * 7
+            results[2] = _backward(grad_output, of_input, weight, conf, 1)
+        return None, *results, *[None] * 9
 
 
-def _backward(grad_output: Tensor, input: Tensor, weight: Tensor, ctx: Any, which: int) -> Tensor:
+def _backward(grad_output: Tensor, input: Tensor, weight: Tensor, conf: Conf, which: int) -> Tensor:
     mask = [which == i for i in range(3)]
-    return _BACKWARD(grad_output, input, weight, *ctx.geometry, mask, ctx.tune, ctx.cache)[which]
+    return _BACKWARD(grad_output, input, weight, *conf[:4], mask, *conf[4:])[which]
 
 
 def _needed(ctx: Any, first: int) -> list[bool]:
@@ -218,25 +238,16 @@ def _below(keyset: Any, kernel: Any, operator: Any, *args: Any) -> Any:
 
 
 def _conv3d_autograd(
-    keyset: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Ints = ONES,
-    padding: Ints = ZEROS,
-    dilation: Ints = ONES,
-    groups: int = 1,
-    tune: str = "cached",
-    cache: str = "",
+    keyset: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any
 ) -> Tensor:
+    conf = conf_of(*given)
     if (
-        groups < 2
+        conf.groups < 2
         or input.dtype not in DTYPES
         or forward_ad._current_level >= 0
         or _C._are_functorch_transforms_active()
     ):
-        return _composite(input, weight, bias, stride, padding, dilation, groups)
-    conf = stride, padding, dilation, groups, tune, cache
+        return execute.pytorch(input, weight, bias, conf)
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -245,50 +256,26 @@ def _conv3d_autograd(
 
 
 def _backward_autograd(keyset: Any, *args: Any) -> Any:
-    args = (*args, *("cached", "")[len(args) - 8 :])
+    args = (*args[:8], *conf_of(*args[3:7], *args[8:])[4:])
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
         return _Conv3dBackward.apply(keyset, *args)
     return _below(keyset, execute.conv3d_backward, _BACKWARD, *args)
 
 
-def _composite(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Ints = ONES,
-    padding: Ints = ZEROS,
-    dilation: Ints = ONES,
-    groups: int = 1,
-    tune: str = "cached",
-    cache: str = "",
-) -> Tensor:
+def _composite(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any) -> Tensor:
     """PyTorch's convolution instead, derivatives included.
 
     For what our kernels never do, and for forward-mode AD and functorch, which have rules for it.
     """
-    return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
+    return execute.pytorch(input, weight, bias, conf_of(*given))
 
 
-def _composite_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
-    output_mask: Sequence[bool],
-    tune: str = "cached",
-    cache: str = "",
-) -> Grads:
+def _composite_backward(grad_output: Tensor, input: Tensor, weight: Tensor, *given: Any) -> Grads:
     """PyTorch's backward instead."""
-    batched = input.dim() == 5
+    batched, mask, conf = input.dim() == 5, given[4], conf_of(*given[:4], *given[5:])
     if not batched:
         grad_output, input = grad_output.unsqueeze(0), input.unsqueeze(0)
-    geometry = stride, padding, dilation, False, ZEROS, groups
-    of_input, of_weight, of_bias = torch.ops.aten.convolution_backward(
-        grad_output, input, weight, [weight.shape[0]], *geometry, output_mask
-    )
+    of_input, of_weight, of_bias = execute.pytorch_backward(grad_output, input, weight, conf, mask)
     return of_input if batched or of_input is None else of_input.squeeze(0), of_weight, of_bias
 
 
@@ -309,46 +296,26 @@ def _autocast(device: str, key: Any) -> Any:
     return kernel
 
 
-def _conv3d_fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Ints = ONES,
-    padding: Ints = ZEROS,
-    dilation: Ints = ONES,
-    groups: int = 1,
-    tune: str = "cached",
-    cache: str = "",
-) -> Tensor:
+def _conv3d_fake(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any) -> Tensor:
     if input.dim() == 4 and weight.dim() == 5:
-        return _conv3d_fake(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
-    if _empty(input) or not covered(input, weight, bias, stride, padding, dilation, groups):
-        return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
-    shape = (input.shape[0], weight.shape[0], *output_size(input, weight, stride, padding, dilation))
-    layout = native.output_format(input, weight, stride, dilation, groups)
+        return _conv3d_fake(input.unsqueeze(0), weight, bias, *given).squeeze(0)
+    conf = conf_of(*given)
+    if _empty(input) or not covered(input, weight, bias, conf):
+        return execute.pytorch(input, weight, bias, conf)
+    shape = execute.output_shape(input, weight, conf)
+    layout = native.output_format(input, weight, conf.stride, conf.dilation, conf.groups)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
 
 
-def _backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
-    output_mask: Sequence[bool],
-    tune: str = "cached",
-    cache: str = "",
-) -> Grads:
-    geometry = stride, padding, dilation, groups
-    if input.dim() == 4 or _empty(input) or not covered(input, weight, None, *geometry, grad_output):
-        return _composite_backward(grad_output, input, weight, *geometry, output_mask)
-    layout = native.output_format(input, weight, stride, dilation, groups)
+def _backward_fake(grad_output: Tensor, input: Tensor, weight: Tensor, *given: Any) -> Grads:
+    mask, conf = given[4], conf_of(*given[:4], *given[5:])
+    if input.dim() == 4 or _empty(input) or not covered(input, weight, None, conf, grad_output):
+        return _composite_backward(grad_output, input, weight, *given)
+    layout = native.output_format(input, weight, conf.stride, conf.dilation, conf.groups)
     return (
-        torch.empty_like(input, memory_format=layout) if output_mask[0] else None,
-        torch.empty_like(weight, memory_format=layout) if output_mask[1] else None,
-        grad_output.new_empty(weight.shape[0]) if output_mask[2] else None,
+        torch.empty_like(input, memory_format=layout) if mask[0] else None,
+        torch.empty_like(weight, memory_format=layout) if mask[1] else None,
+        grad_output.new_empty(execute.filters(weight, conf)) if mask[2] else None,
     )
 
 

@@ -23,7 +23,7 @@ from g3dswap.problem import DIRECTIONS, DTYPES, LAYOUTS, device_facts, dtype_nam
 from g3dswap.report import Report, stored
 from g3dswap.tc.entries import atomic_write_text, strict_json
 
-SCHEMA = 1
+SCHEMA = 2
 LARGEST = 16 << 20
 """Bytes of a plan file that are read at most; a layer takes some hundred."""
 
@@ -79,6 +79,7 @@ class Plan:
                 device=device,
                 grad_input=any(item.direction == "grad_input" for item in call.passes),
                 grad_weight=any(item.direction == "grad_weight" for item in call.passes),
+                output_padding=call.output_padding,
             )
             for call in self.layers[name].calls
             if call.device == device.type
@@ -164,6 +165,7 @@ def _layer(item: Swapped | Kept, swapped: bool, reason: str) -> dict[str, Any]:
             "dtype": call.dtype,
             "layout": call.layout,
             "device": call.device,
+            "output_padding": list(call.output_padding),
             "passes": [choice.direction for choice in call.passes],
         }
         for call in item.calls
@@ -254,8 +256,9 @@ def _geometry(item: Any) -> Layer:
         raise ValueError(f"the padding {padding!r} is unknown")
     if item["padding_mode"] not in _PADDING_MODES:
         raise ValueError(f"the padding mode {item['padding_mode']!r} is unknown")
-    if not isinstance(item["bias"], bool):
-        raise ValueError("'bias' is neither true nor false")
+    for name in ("bias", "transposed"):
+        if not isinstance(item[name], bool):
+            raise ValueError(f"{name!r} is neither true nor false")
     for name in _INTEGERS:
         if type(item[name]) is not int or item[name] < 1:
             raise ValueError(f"{name!r} is no positive integer")
@@ -266,6 +269,8 @@ def _geometry(item: Any) -> Layer:
         padding=padding,
         padding_mode=item["padding_mode"],
         bias=item["bias"],
+        transposed=item["transposed"],
+        output_padding=_integers(item, "output_padding", 3, 0),
         **{name: _integers(item, name, 3, 1) for name in _TRIPLES},
     )
 
@@ -281,7 +286,8 @@ def _call(item: Any) -> Call:
     if any(direction not in DIRECTIONS for direction in directions):
         raise ValueError(f"the passes {directions} are unknown")
     passes = tuple(PassChoice(direction, "planned") for direction in directions)
-    return Call(_integers(item, "shape", 5, 0), item["dtype"], item["layout"], item["device"], passes)
+    extra = _integers(item, "output_padding", 3, 0) if item["output_padding"] else ()
+    return Call(_integers(item, "shape", 5, 0), item["dtype"], item["layout"], item["device"], passes, extra)
 
 
 def _list(item: Mapping[str, Any], name: str) -> list[Any]:

@@ -31,7 +31,7 @@ from g3dswap.entries import (
     Untraced,
 )
 from g3dswap.errors import ArgumentError
-from g3dswap.module import Grouped3D
+from g3dswap.module import Grouped
 from g3dswap.problem import DIRECTIONS
 
 ATTRIBUTE = "_g3dswap_report"
@@ -138,7 +138,7 @@ def report(model: nn.Module) -> Report:
     """What ``convert`` did to this model.
 
     Its lists are ``.swapped``, ``.kept``, ``.skipped``, ``.functional`` and ``.untraced``; ``print`` shows a
-    table and ``to_dict()`` gives JSON-able data. A model that holds ``Grouped3D``
+    table and ``to_dict()`` gives JSON-able data. A model that holds swapped
     layers without having been converted (or a part of a converted one) has them listed without their times.
 
     Raises:
@@ -152,7 +152,7 @@ def report(model: nn.Module) -> Report:
     swapped = [
         Swapped(name or ROOT, Layer.of(module), note="not converted as a part of this model")
         for name, module in model.named_modules()
-        if isinstance(module, Grouped3D)
+        if isinstance(module, Grouped)
     ]
     if not swapped:
         raise ArgumentError(
@@ -176,14 +176,14 @@ def _lines(report: Report) -> list[str]:
         parts.append(_block("Swapped" if done else "Would be swapped", _swapped_table(report.swapped)))
     if report.kept:
         rows = _grouped((item, f"{item.geometry}\n{item.reason}") for item in report.kept)
-        title = "Kept as nn.Conv3d" if done else "Would be kept as nn.Conv3d"
+        title = "Kept as they were" if done else "Would be kept as they are"
         parts.append(_block(title, _two_columns("layers", "because", rows)))
     if report.skipped:
         rows = _grouped((item, f"{item.kind}: {item.reason}") for item in report.skipped)
         parts.append(_block("Skipped", _two_columns("layers", "because", rows)))
     if report.functional:
         rows = [(item.name, _functional(item)) for item in report.functional]
-        title = "Function calls with groups > 1, not replaced (an nn.Conv3d in their place would be)"
+        title = "Function calls with groups > 1, not replaced (a layer in their place would be)"
         parts.append(_block(title, _two_columns("inside", "call", rows)))
     if report.untraced:
         rows = [(item.name, _untraced(item)) for item in report.untraced]
@@ -195,7 +195,7 @@ def _lines(report: Report) -> list[str]:
 def _headline(report: Report) -> str:
     total = len(report.swapped) + len(report.kept) + len(report.skipped)
     if not total:
-        return "g3dswap: no nn.Conv3d with groups > 1 in this model, nothing to swap."
+        return "g3dswap: no 3D convolution layer with groups > 1 in this model, nothing to swap."
     done = "swapped" if report.kind == "converted" else "would be swapped"
     layers = "layer" if total == 1 else "layers"
     text = (

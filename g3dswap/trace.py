@@ -25,7 +25,9 @@ from g3dswap.guard import Inputs, untouched
 # Function -> (name, position of `groups` among its arguments).
 _FUNCTIONS: dict[Any, tuple[str, int]] = {
     torch.conv3d: ("conv3d", 6),  # nn.functional.conv3d is the same object
+    torch.conv_transpose3d: ("conv_transpose3d", 6),
     torch.ops.aten.conv3d.default: ("aten.conv3d", 6),
+    torch.ops.aten.conv_transpose3d.input: ("aten.conv_transpose3d", 6),
     torch.ops.aten.convolution.default: ("aten.convolution", 8),
     torch.convolution: ("convolution", 8),
 }

@@ -15,7 +15,7 @@ from g3dswap.problem import Problem
 class Recorder:
     """Stands in for ``choose.resolve``: chooses "ours", a float64 computation in the problem's layout.
 
-    It records what was resolved, and each run as (direction, layout, batch).
+    It records what was resolved, and each run as (pass of the layer, layout, batch).
     """
 
     def __init__(self, use_native: bool = False) -> None:
@@ -41,18 +41,21 @@ class Recorder:
             "grad_input": (problem.geometry.output_shape, problem.geometry.input_shape),
             "grad_weight": (problem.geometry.output_shape, problem.geometry.input_shape),
         }[problem.direction]
-        for x, shape in zip(tensors, shapes):
-            assert tuple(x.shape) == shape(first.shape[0])
+        # The forward pass of a transposed layer has no tensor of its output's shape.
+        missing = [1] if problem.layer_pass == "forward" and problem.transposed else []
+        for i, (x, shape) in enumerate(zip(tensors, shapes)):
+            assert x is None if i in missing else tuple(x.shape) == shape(first.shape[0])
         for x in tensors:
             assert x is None or x.dim() == 1 or x.is_contiguous(memory_format=problem.memory_format)
             assert x is None or x.dtype == problem.dtype
-        assert (tensors[-1] is not None) == (problem.bias or problem.direction != "forward")
-        self.runs.append((problem.direction, problem.layout, first.shape[0]))
+        if problem.layer_pass == "forward":
+            assert (tensors[-1] is not None) == problem.bias
+        self.runs.append((problem.layer_pass, problem.layout, first.shape[0]))
         result = native.reference(problem, *tensors)
         out = torch.empty(result.shape, dtype=problem.dtype, memory_format=problem.memory_format)
         return out.copy_(result)
 
     def directions(self) -> list[str]:
-        """The directions of the runs so far, in order; forgets them."""
+        """The passes of the runs so far, in order; forgets them."""
         runs, self.runs = self.runs, []
-        return [direction for direction, _, _ in runs]
+        return [name for name, _, _ in runs]

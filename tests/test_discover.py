@@ -70,9 +70,9 @@ def replaced_forward() -> nn.Module:
         (lambda: conv(dtype=torch.complex64), "Conv3d", "its dtype complex64 has no kernels (they exist for"),
         (replaced_forward, "Conv3d", "its forward is replaced on the instance"),
         (
-            lambda: nn.ConvTranspose3d(4, 4, 3, groups=2),
+            lambda: nn.ConvTranspose3d(4, 4, 3, groups=2, output_padding=1, dilation=2),
             "ConvTranspose3d",
-            "transposed convolutions have no kernels here",
+            "its output_padding (1, 1, 1) reaches its stride (1, 1, 1), for which there are no kernels",
         ),
         (
             lambda: torch.ao.nn.quantized.Conv3d(4, 4, 3, groups=2),

@@ -163,7 +163,7 @@ def put(value: Any, *keys: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (put(2, "g3dswap_plan"), "has schema 2, this version of g3dswap reads 1; convert without plan="),
+        (put(1, "g3dswap_plan"), "has schema 1, this version of g3dswap reads 2; convert without plan="),
         (drop("g3dswap_plan"), "is no plan of g3dswap; write one with g3dswap.save_plan(model, path)."),
         (drop("layers"), "is damaged (no field 'layers'); save it again with g3dswap.save_plan."),
         (drop("choices"), "is damaged (no field 'choices')"),

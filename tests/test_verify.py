@@ -346,7 +346,7 @@ def test_nan_is_a_failure() -> None:
 
 
 def meeting(dtype: torch.dtype = torch.float32, layout: str = "contiguous", **needs: bool) -> Meeting:
-    grads = {"grad_input": True, "grad_weight": True, **needs}
+    grads: dict[str, Any] = {"grad_input": True, "grad_weight": True, **needs}
     return Meeting(3, (5, 6, 7), dtype, layout, torch.device("cpu"), **grads)
 
 
