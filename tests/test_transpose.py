@@ -525,3 +525,38 @@ def test_mednext_with_its_up_blocks() -> None:
     swapped = [n for n, m in fast.named_modules() if isinstance(m, Grouped3DTranspose)]
     assert ups and swapped == ups, str(g3dswap.report(fast))
     g3dswap.verify(network, fast, (x,)).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("how", ["neither", "input", "module"])
+def test_layouts_on_a_gpu_are_pytorchs(dtype: torch.dtype, groups: int, how: str) -> None:
+    layer = nn.ConvTranspose3d(4, 8, 3, 2, 1, groups=groups, dtype=dtype, device="cuda")
+    x = torch.randn(2, 4, 4, 5, 6, dtype=dtype, device="cuda")
+    if how == "input":
+        x = x.to(memory_format=torch.channels_last_3d)
+    if how == "module":
+        layer = layer.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    ours = Grouped3DTranspose.from_conv(layer, tune="cached", share=False)
+    strides = []
+    for module in (layer, ours):
+        input = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = module(input)
+        grads = torch.autograd.grad(out, [input, *module.parameters()], torch.ones_like(out))
+        strides.append([out.stride(), *(g.stride() for g in grads)])
+    assert strides[0] == strides[1]
+    layout = native.output_format(x, layer.weight, layer.stride, layer.dilation, layer.groups)
+    assert out.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("groups", [4, 8])
+def test_default_kernels_on_a_gpu(dtype: torch.dtype, layout: str, groups: int) -> None:
+    layer = nn.ConvTranspose3d(8, 16, 3, (1, 2, 2), 1, (0, 1, 0), groups=groups, dtype=dtype, device="cuda")
+    meeting = Meeting(2, (4, 5, 6), dtype, layout, torch.device("cuda:0"), True, True)
+    sources = [choose.resolve(problem, 2, "none").source for problem in problems(layer, meeting)]
+    assert sources == ["default"] * 3
+    assert check_layer(layer, meeting, lambda x: Grouped3DTranspose.from_conv(x, tune="none"), {}) is None
