@@ -43,6 +43,7 @@ EFFORTS = {"none": 0, "cached": 0, "quick": 1, "full": 2}
 CONFIGS = {"quick": TunerConfig.quick, "full": TunerConfig.full}
 MIN_SPEEDUP = 1.05
 BUILD_SECONDS = 60.0  # for a kernel that is known to be worth building
+PATIENCE = 120.0  # seconds that a rank waits for another's choice, beside five times the budget
 NEAR_FIELDS = ("size", "threads", "compiler", "generator")  # of the key, in which a nearest entry may differ
 NOTHING_BUILT = {"compile-error", "compile-timeout", "illegal"}
 # of the trials' categories: what says more about the compiler or the load than about the kernels
@@ -165,6 +166,16 @@ class Chooser:
         self.bar.close()
         self.bar = Bar(self.bar.enabled, passes)
 
+    def share(self, wanted: Iterable[tuple[Problem, int, str]]) -> None:
+        """Choose what no other rank has begun, if the ranks share the work; arguments as for `choose`.
+
+        Afterwards every problem is decided or being decided somewhere, and `choose` knows or waits.
+        """
+        turns = ranks.shares(list(wanted))
+        for problem, batch, label in turns:
+            if not self.interrupted and not ranks.begun(self._topic(problem)):
+                self.choose(problem, batch, label)
+
     def choose(self, problem: Problem, batch: int = 1, label: str = "") -> Choice:
         """The choice for a problem, decided once in a process; `label` names the layer for the bar."""
         place = (self.cache.directory, problem)
@@ -210,23 +221,31 @@ class Chooser:
     def _agreed(self, problem: Problem, batch: int, label: str) -> _Decision:
         if not ranks.active():
             return self._decide(problem, batch, label)
-        topic = {"key": self.key(problem), "tune": self.tune, "min_speedup": self.min_speedup}
-        name = json.dumps(topic, sort_keys=True)
-        _asked[name] += 1
+        topic = self._topic(problem)
+        _asked[self._rules(problem)] += 1
         made: list[_Decision] = []
 
         def decide() -> dict[str, Any]:
             made.append(self._decide(problem, batch, label))
             return {"choice": made[0].choice.to_json(), "effort": made[0].effort}
 
-        patience = 120 + 5 * self.budget(problem).seconds
-        told, mine = ranks.agree({**topic, "time": _asked[name]}, decide, patience)
+        patience = PATIENCE + 5 * self.budget(problem).seconds
+        told, mine = ranks.agree(topic, decide, patience)
         if mine:
             return made[0]
         if told is None:
             return self._decide(problem, batch, label)
         choice = self._rebuilt(Choice.from_json(told["choice"]), "other rank's")
         return self._decision(choice or native(problem, "the other ranks' kernel fails here"), told["effort"])
+
+    def _rules(self, problem: Problem) -> str:
+        rules = {"key": self.key(problem), "tune": self.tune, "min_speedup": self.min_speedup}
+        return json.dumps(rules, sort_keys=True)
+
+    def _topic(self, problem: Problem) -> dict[str, Any]:
+        """What the ranks agree on: a problem under these rules, the first or a later time."""
+        rules = self._rules(problem)
+        return {"rules": rules, "time": _asked[rules] + 1}
 
     def _rebuilt(self, choice: Choice, whose: str) -> Choice | None:
         """The choice with its kernel built and checked; None, and a warning, if that fails."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import g3dswap
-from g3dswap import checkpoint, containers, program
+from g3dswap import checkpoint, containers, program, ranks
 from g3dswap.bench.command import bench
 from g3dswap.cache_commands import cache
 from g3dswap.checkpoint import Checkpoint
@@ -184,19 +184,23 @@ def tune(
     \b
     g3dswap tune --arch pkg.mod:resnext101 --input 8x3x16x112x112
     g3dswap tune --channels 64 --size 16x56x56 --kernel 3 --padding 1 --batch 8
+
+    Several GPUs share the work under torchrun: torchrun --nproc-per-node=4 -m g3dswap tune ...
     """
     if shape and (file or source.arch):
         raise click.UsageError(NOT_BOTH)
     stored = source.read(file) if file else None
     if not shape and not source.has_shapes(stored):
         raise click.UsageError("Kernels are tuned for shapes: give the model's with --input.")
-    with clean_stdout():
+    with clean_stdout(), ranks.joined() as rank:
         if shape:
             source = shape.source(source)
+        tuning["progress"] &= rank == 0
         model = shape.model(source) if shape else source.model(stored)[0]
         fast = g3dswap.convert(model, source.example_inputs(model), inplace=True, **tuning)
-    report = g3dswap.report(fast)
-    emit(report.to_dict(), str(report), as_json)
+    if rank == 0:
+        report = g3dswap.report(fast)
+        emit(report.to_dict(), str(report), as_json)
 
 
 @main.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,9 @@ class FakeChooser:
 
     def expect(self, passes: int) -> None:
         self.expected = passes
+
+    def share(self, wanted: Iterable[tuple[Problem, int, str]]) -> None:
+        """There are no other ranks."""
 
     def choose(self, problem: Problem, batch: int, label: str = "") -> Choice:
         self.asked.append((problem, batch, label))

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from g3dswap import ranks
+from g3dswap import choose, ranks
+from g3dswap.choose import Chooser, _Decision
+from g3dswap.errors import ArgumentError
+from g3dswap.problem import Geometry, Problem
+from g3dswap.tc.cache import Cache
+from g3dswap.tc.trial import TunerConfig
 
 
-def _run(target: Callable[..., None], directory: Path) -> list[Any]:
+def _run(target: Callable[..., None], directory: Path, *arguments: Any, answers: int = 2) -> list[Any]:
     """What two processes put into the queue, in that order; both must end well."""
     context = mp.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=target, args=(r, str(directory), results)) for r in range(2)]
+    processes = [
+        context.Process(target=target, args=(r, str(directory), results, *arguments)) for r in range(2)
+    ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=60) for _ in range(answers)]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
@@ -99,3 +112,101 @@ def test_a_rank_does_not_wait_for_ever(tmp_path: Path) -> None:
 
 def test_one_process_is_not_distributed() -> None:
     assert not ranks.active()
+    assert ranks.shares([1, 2, 3]) == []
+    with ranks.joined() as rank:
+        assert rank == 0 and not ranks.active()
+
+
+# Work that ranks share, as `g3dswap tune` does under torchrun.
+
+PROBLEMS = [Problem("forward", Geometry(c, c, c, (3, 4, 5), (1, 1, 1))) for c in range(1, 9)]
+
+
+class SlowChooser(Chooser):
+    """Decides for PyTorch's kernel, after a while."""
+
+    made: list[int]
+    dies: bool = False
+
+    def _decide(self, problem: Problem, batch: int, label: str) -> _Decision:
+        if self.dies:
+            os._exit(0)
+        time.sleep(0.1)
+        self.made.append(problem.geometry.groups)
+        return self._decision(choose.native(problem, f"by {dist.get_rank()}"), 1)
+
+
+def _share(rank: int, directory: str, results: Any, dies: bool) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "1"}
+    real = dist.init_process_group
+
+    def init(backend: str) -> None:
+        real(backend, init_method=f"file://{directory}/store", rank=rank, world_size=2)
+
+    setattr(dist, "init_process_group", init)  # noqa: B010  torchrun names a port, a test a file
+    choose.PATIENCE = 0.5
+    with ranks.joined() as mine:
+        assert mine == rank and ranks.active()
+        chooser = SlowChooser(
+            Cache(directory), progress=False, config=replace(TunerConfig.quick(), seconds=0.1)
+        )
+        chooser.made, chooser.dies = [], dies and rank == 1
+        chooser.share([(problem, 1, "") for problem in PROBLEMS])
+        shared = list(chooser.made)
+        reasons = [chooser.choose(problem).reason for problem in PROBLEMS]
+        results.put((rank, shared, chooser.made, reasons))
+        if not dies:
+            dist.barrier()
+    assert not ranks.active()
+
+
+def test_ranks_share_work_and_know_all_of_it(tmp_path: Path) -> None:
+    found = sorted(_run(_share, tmp_path, False))
+    (_, shared, made, reasons), (_, other_shared, other_made, other_reasons) = found
+    assert sorted(made + other_made) == list(range(1, 9))  # each once
+    assert len(shared) >= 2 and len(other_shared) >= 2
+    assert reasons == other_reasons
+    assert {int(reason.split()[-1]) for reason in reasons} == {0, 1}
+
+
+def test_a_rank_that_dies_leaves_its_work_to_the_others(tmp_path: Path) -> None:
+    ((rank, _, made, reasons),) = _run(_share, tmp_path, True, answers=1)
+    assert rank == 0 and sorted(made) == list(range(1, 9))
+    assert set(reasons) == {"by 0"}
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    wanted = r"process 2 .* has no GPU of its own; pass --nproc-per-node=2\."
+    with pytest.raises(ArgumentError, match=wanted), ranks.joined():
+        pass
+
+
+@pytest.mark.slow
+def test_tuning_under_torchrun(tmp_path: Path) -> None:
+    """Two processes, one cache, one report."""
+    (tmp_path / "user_pair.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Conv3d(8, 8, 3, groups=8), nn.Conv3d(8, 8, 3, groups=4))\n"
+    )
+    arguments = ["tune", "--arch", "user_pair:net", "--input", "2x8x5x9x9", "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment["G3DSWAP_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [*command, "-m", "g3dswap", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    layers = report["swapped"] + report["kept"]
+    passes = [choice for layer in layers for call in layer["calls"] for choice in call["passes"]]
+    assert len(layers) == 2 and len(passes) == 5  # of the first layer no grad-input
+    assert len({json.dumps(entry.key) for entry in Cache(tmp_path / "cache").entries()}) == 5
