@@ -78,7 +78,8 @@ def roi_align(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("build", [mednext, seresnext, uniformer, x3d, csn])
 def test_a_public_network(build: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     network, clip = build()
-    grouped = [n for n, m in network.named_modules() if type(m) is nn.Conv3d and m.groups > 1]
+    kinds = (nn.Conv3d, nn.ConvTranspose3d)
+    grouped = [n for n, m in network.named_modules() if type(m) in kinds and getattr(m, "groups", 1) > 1]
     fast = g3dswap.convert(network, (clip,), tune="none", progress=False)
     report = g3dswap.report(fast)
     assert type(fast) is type(network)
