@@ -1,13 +1,30 @@
-"""What of a GPU a benchmark's figures hold for, beyond its name: driver, clocks, cache."""
+"""What a benchmark's figures hold for: the device, its state, versions, settings."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
 import subprocess
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from g3dswap.bench.graphs import cache_bytes
+from g3dswap.errors import ArgumentError
+from g3dswap.problem import device_facts
+from g3dswap.tc import kernel
+
+HEADER: dict[str, tuple[str, ...]] = {
+    "device": ("device_name", "capability", "cores"),
+    "versions": ("torch", "compiler", "g3dswap"),
+    "settings": ("dtype", "batch", "tune", "seconds"),
+}
+"""What a header has at least; beside it `date` and `statistic`."""
 
 UNKNOWN = "unknown"
 QUERIES = {
@@ -44,3 +61,61 @@ def queried(uuid: str) -> dict[str, str]:
     if len(values) != len(QUERIES):
         return dict.fromkeys(QUERIES, UNKNOWN)
     return {name: UNKNOWN if "N/A" in value else value for name, value in zip(QUERIES, values, strict=True)}
+
+
+def describe(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The header of a file: device, versions and settings, and the date."""
+    kind = device.type
+    versions: dict[str, Any] = {
+        "torch": torch.__version__,
+        **kernel.versions(kernel.target_of(kind)),
+        "g3dswap": version("g3dswap"),
+        "python": platform.python_version(),
+    }
+    if kind == "cuda":
+        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        versions["triton"] = version("triton")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": {**device_facts(kind), "cores": cores},
+        "versions": versions,
+        "settings": dict(settings),
+    }
+
+
+def agree(before: Mapping[str, Any], header: Mapping[str, Any], path: Path) -> None:
+    """ArgumentError: figures of different conditions do not belong in one file."""
+    for part in HEADER:
+        known = before.get(part)
+        for name, value in header[part].items():
+            then = known.get(name) if isinstance(known, dict) else None
+            if then != value:
+                raise ArgumentError(
+                    f"{path} was measured with {name} {then!r}, and now it is {value!r}: "
+                    "do not --resume it, or make them agree."
+                )
+
+
+def version(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def prepared(device: torch.device, threads: int) -> Iterator[None]:
+    """The device, the threads (0: PyTorch's) and, on a GPU, cuDNN's search for its fastest kernels."""
+    before, search = torch.get_num_threads(), torch._C._get_cudnn_benchmark()
+    gpu = device.type == "cuda"
+    try:
+        torch.set_num_threads(threads or before)
+        # Not through torch.backends, which refuses once somebody has called disable_global_flags.
+        torch._C._set_cudnn_benchmark(gpu or search)
+        with torch.cuda.device(device) if gpu else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(before)
+        torch._C._set_cudnn_benchmark(search)

@@ -33,13 +33,13 @@ def _section(results: Results) -> Iterator[str]:
     summaries, bests = summarize(results.rows), best(results.rows)
     if summaries:
         yield from ("", "Geometric means, our kernels in the input's layout:", "")
-        yield from _table(_means(summaries))
+        yield from table(_means(summaries))
     if bests:
         yield from ("", "Geometric means, our better layout against PyTorch's better layout:", "")
-        yield from _table(_best_means(bests))
+        yield from table(_best_means(bests))
     for item in summaries:
         yield from ("", f"### {header['settings']['dtype']}, {item.direction}, {item.layout}", "")
-        yield from _table(_layers(results.of(item.layout, item.direction)))
+        yield from table(_layers(results.of(item.layout, item.direction)))
 
 
 def _means(items: Sequence[Summary]) -> Columns:
@@ -122,11 +122,11 @@ def _compiled(row: Row) -> str:
     return f"{text.ms(times.seconds)} +-{times.spread:.0%}, {text.percent(row.roofline / times.seconds)}"
 
 
-def _table(columns: Columns) -> Iterator[str]:
+def table(columns: Columns) -> Iterator[str]:
     """The lines; text to the left, and whatever has a digit in it at the right."""
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     yield _line(shown)
-    words = ("layer", "pass", "layout", "least")
+    words = ("layer", "pass", "layout", "least", "network", "dtype")
     yield _line(["---" if name in words else "---:" for name in shown])
     for cells in zip(*shown.values(), strict=True):
         yield _line(cells)

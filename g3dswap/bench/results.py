@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from g3dswap.bench.device import HEADER
 from g3dswap.bench.measure import Ceilings
 from g3dswap.bench.rows import Row
 from g3dswap.bench.summary import best, summarize
@@ -17,12 +18,6 @@ from g3dswap.problem import LAYOUTS
 from g3dswap.tc.entries import atomic_write_text, strict_json
 
 SCHEMA = 1
-HEADER: dict[str, tuple[str, ...]] = {
-    "device": ("device_name", "capability", "cores"),
-    "versions": ("torch", "compiler", "g3dswap"),
-    "settings": ("dtype", "batch", "tune", "seconds"),
-}
-"""What a header has at least; beside it `date` and `statistic`."""
 
 
 @dataclass
@@ -64,7 +59,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Replace a file, wholly or not at all."""
-        _write(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        write(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
 
     def save_csv(self, path: Path) -> None:
         """One line a row, without what is the same for all."""
@@ -73,7 +68,7 @@ class Results:
         writer = csv.DictWriter(text, list(lines[0]) if lines else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-        _write(path, text.getvalue())
+        write(path, text.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -119,7 +114,8 @@ def _flat(row: Row) -> dict[str, Any]:
     return {**data, **asdict(row.check)}
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Replace a file, wholly or not at all; ArgumentError where that cannot be."""
     try:
         atomic_write_text(path, text)
     except OSError as error:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +12,15 @@ import torch
 from tqdm import tqdm
 
 from g3dswap import native
-from g3dswap.bench.device import gpu_facts
+from g3dswap.bench.device import agree, describe, gpu_facts, prepared
 from g3dswap.bench.layers import BenchLayer
 from g3dswap.bench.measure import ceilings, measure_pass
-from g3dswap.bench.results import HEADER, Results
+from g3dswap.bench.results import Results
 from g3dswap.bench.rounds import STATISTICS
 from g3dswap.bench.rows import Row
 from g3dswap.choose import Chooser, open_cache
-from g3dswap.errors import ArgumentError, G3DSwapWarning
-from g3dswap.problem import DIRECTIONS, LAYOUTS, Problem, device_facts, dtype_name
-from g3dswap.tc import kernel
+from g3dswap.errors import G3DSwapWarning
+from g3dswap.problem import DIRECTIONS, LAYOUTS, Problem, dtype_name
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,16 @@ class Settings:
     progress: bool = True
     compile: bool = False
 
+    def said(self) -> dict[str, Any]:
+        """What a file says of them; the rest may differ between the runs that it is from."""
+        return {
+            "dtype": dtype_name(self.dtype),
+            "batch": self.batch,
+            "tune": self.tune,
+            "seconds": self.seconds,
+            "compile": self.compile,
+        }
+
     def problem(self, layer: BenchLayer, direction: str, layout: str) -> Problem:
         """A pass of a layer under PyTorch's present switches."""
         kind = self.device.type
@@ -76,7 +80,7 @@ def bench(settings: Settings, output: Path, csv: Path | None = None, resume: boo
     With `resume`, what `output` has already is not measured again; ArgumentError if that was measured
     under other conditions. A KeyboardInterrupt loses only the pass that it stops.
     """
-    with _device(settings):
+    with prepared(settings.device, settings.threads):
         results = _begun(settings, output, resume)
         known = {row.key for row in results.rows}
         todo = [
@@ -163,7 +167,8 @@ def _save(results: Results, output: Path, csv: Path | None) -> None:
 
 def _begun(settings: Settings, output: Path, resume: bool) -> Results:
     """The results so far: those of the file, if it is to be gone on with, else none."""
-    header = describe(settings)
+    header = describe(settings.device, settings.said())
+    header["statistic"] = settings.statistic or STATISTICS[0]
     if not resume or not output.exists():
         found = ceilings(settings.device.type, settings.dtype, 4 * settings.seconds)
         if settings.device.type == "cuda":
@@ -171,66 +176,6 @@ def _begun(settings: Settings, output: Path, resume: bool) -> Results:
         return Results(header, found)
     results = Results.load(output)
     results = results.by(settings.statistic or results.header["statistic"])
-    for part in HEADER:  # rows that were measured under different conditions do not belong in one file
-        before = results.header.get(part)
-        for name, value in header[part].items():
-            then = before.get(name) if isinstance(before, dict) else None
-            if then != value:
-                raise ArgumentError(
-                    f"{output} was measured with {name} {then!r}, and now it is {value!r}: "
-                    "do not --resume it, or make them agree."
-                )
+    agree(results.header, header, output)
     results.header["resumed"] = [*results.header.get("resumed", []), header["date"]]
     return results
-
-
-def describe(settings: Settings) -> dict[str, Any]:
-    """What the figures hold for."""
-    kind = settings.device.type
-    facts = device_facts(kind)
-    versions: dict[str, Any] = {
-        "torch": torch.__version__,
-        **kernel.versions(kernel.target_of(kind)),
-        "g3dswap": _version("g3dswap"),
-        "python": platform.python_version(),
-    }
-    if kind == "cuda":
-        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        versions["triton"] = _version("triton")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "statistic": settings.statistic or STATISTICS[0],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": {**facts, "cores": cores},
-        "versions": versions,
-        "settings": {
-            "dtype": dtype_name(settings.dtype),
-            "batch": settings.batch,
-            "tune": settings.tune,
-            "seconds": settings.seconds,
-            "compile": settings.compile,
-        },
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-@contextlib.contextmanager
-def _device(settings: Settings) -> Iterator[None]:
-    """The device, the threads and, on a GPU, cuDNN's own search for its fastest kernels; restored after."""
-    threads, search = torch.get_num_threads(), torch._C._get_cudnn_benchmark()
-    gpu = settings.device.type == "cuda"
-    try:
-        torch.set_num_threads(settings.threads or threads)
-        # Not through torch.backends, which refuses once somebody has called disable_global_flags.
-        torch._C._set_cudnn_benchmark(gpu or search)
-        with torch.cuda.device(settings.device) if gpu else contextlib.nullcontext():
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch._C._set_cudnn_benchmark(search)

@@ -53,12 +53,12 @@ def headline(results: Results) -> str:
     several = len(products) > 1
     product = ", ".join(f"{text} ({name})" if several else text for name, text in products.items())
     versions = ", ".join(f"{name} {value}" for name, value in header["versions"].items())
-    gpu = [_gpu(header["gpu"])] if "gpu" in header else []
+    driver = [gpu(header["gpu"])] if "gpu" in header else []
     batch = f"batch {settings['batch']}" if settings["batch"] else "the layers' own batches"
     return "\n".join(
         [
             f"{device['device_name']}, {device['capability']}, {device['cores']} cores{threads}",
-            *gpu,
+            *driver,
             f"copy {limits.bandwidth / 1e9:.1f} GB/s, matrix product {product}",
             f"{settings['dtype']}, {batch}, tune {settings['tune']}, {header['date']}",
             versions,
@@ -66,7 +66,7 @@ def headline(results: Results) -> str:
     )
 
 
-def _gpu(facts: Mapping[str, Any]) -> str:
+def gpu(facts: Mapping[str, Any]) -> str:
     """``driver 570.1, SM 1980 of 1980 MHz, memory 3201 of 3201 MHz, 700 W, L2 60 MiB``."""
     named = {name: facts.get(name, UNKNOWN) for name in QUERIES}
     return (
