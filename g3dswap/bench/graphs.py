@@ -70,6 +70,7 @@ def copies(operands: Operands, count: int) -> list[Operands]:
 
 def rotations(calls: Mapping[Key, tuple[Run, Operands]], size: int) -> dict[Key, Rotation]:
     """One for each contender; those with the same operands share the copies of them."""
+    torch.cuda.empty_cache()  # what earlier graphs held is free, but only now for the driver to say
     count = set_count(size, cache_bytes(), torch.cuda.mem_get_info()[0])
     sets: dict[int, list[Operands]] = {}
     for _, operands in calls.values():
