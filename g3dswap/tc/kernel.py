@@ -17,7 +17,7 @@ from .print_cpp import print_cpp
 from .print_triton import print_triton
 from .schedule import Schedule, apply
 
-GENERATOR = "1"
+GENERATOR = "2"
 """Raised when the same schedule begins to print another kernel; part of every cache key."""
 
 _RUNTIMES: dict[str, Any] = {"cpp": runtime_cpp, "triton": runtime_triton}

@@ -29,6 +29,7 @@ LATENCY = 7e-7
 REGISTERS = 65536
 LAUNCH = 3e-6
 WARP = 32
+PRIME = (1 << 31) - 1  # hashes of points are taken modulo this: two points rarely have the same
 
 Values = NDArray[np.int64]
 
@@ -128,8 +129,8 @@ def _footprint(nest: Nest, access: Access, alive: NDArray[np.bool_]) -> Footprin
     words = elements
     for index, extent, stride in zip(access.indices, tensor.shape, tensor.strides):
         value = _values(index.terms, index.offset, own) // index.divisor + (1 << 12)
-        elements = elements * 8191 + value
-        words = words * 8191 + (value // width if stride == 1 and extent != 1 else value)
+        elements = (elements * 8191 + value) % PRIME
+        words = (words * 8191 + (value // width if stride == 1 and extent != 1 else value)) % PRIME
     return Footprint(
         len(np.unique(elements[alive])),
         len(np.unique(words[alive])),

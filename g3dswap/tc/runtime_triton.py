@@ -24,6 +24,7 @@ from .compile_triton import source as ast_source
 from .nest import Nest
 from .objects import digest, folder, intact, seal
 from .schedule import Schedule
+from .words import ALIGNMENT
 
 try:
     import triton
@@ -124,7 +125,7 @@ class _Launcher:
     """Launches one kernel with as little Python as can be.
 
     Triton works out for each launch which of a kernel's compiled variants fits the arguments.  Here that
-    is known: all pointers are aligned to 16 bytes, as those of allocations are, or else Triton is asked.
+    is known: all pointers are aligned, as those of allocations are; of a view that is not, a copy is taken.
     """
 
     def __init__(self, nest: Nest, kernel: Any, job: Callable[[], Job], timeout: float) -> None:
@@ -132,7 +133,6 @@ class _Launcher:
         self.kernel = kernel
         self.job = job
         self.timeout = timeout
-        self.options = job().options
         self.compiled: dict[int, tuple[Any, ...]] = {}
         self.compile(torch.cuda.current_device())
 
@@ -165,8 +165,11 @@ class _Launcher:
         addresses = out.data_ptr()
         for tensor in operands:
             addresses |= tensor.data_ptr()
-        if addresses % 16:
-            self.kernel[(number,)](*operands, out, batch, **self.options)
+        if addresses % ALIGNMENT:
+            result = torch.empty_like(out) if out.data_ptr() % ALIGNMENT else out
+            self.launch([x.clone() if x.data_ptr() % ALIGNMENT else x for x in operands], result, batch)
+            if result is not out:
+                out.copy_(result)
             return
         run, function, metadata, stream, made = self.compiled.get(device) or self.compile(device)
         hooks = triton.knobs.runtime

@@ -21,7 +21,7 @@ CLIMBS = 6
 LEADERS = 8
 """Tiles of a family of Triton schedules that are tried with all counts of lanes."""
 
-A_FAMILY = 2
+A_FAMILY = {"cpp": 2, "triton": 6}
 """Most schedules of one family among the ranked ones, so that a wrong model cannot hide the right family."""
 
 
@@ -87,9 +87,7 @@ class Space:
 
     def default(self) -> Schedule:
         """The best schedule by the model that prints.  ScheduleError: there is none."""
-        for _, schedule in sorted(
-            (pair for f in self._families for pair in f[:A_FAMILY]), key=lambda p: p[0]
-        ):
+        for _, schedule in sorted((pair for f in self._families for pair in f[:2]), key=lambda p: p[0]):
             if self._prints(schedule):
                 return schedule
         raise ScheduleError(
@@ -100,7 +98,8 @@ class Space:
         """Up to `limit` schedules, best first by the model, at most a few of each family."""
         del rng  # the ranking needs no chance; the signature is the tuner's
         pairs = sorted(
-            (pair for f in self._families for pair in _diverse(f)), key=lambda p: (p[0], str(p[1]))
+            (pair for f in self._families for pair in _diverse(f)[: A_FAMILY[self.target]]),
+            key=lambda p: (p[0], str(p[1])),
         )
         return [schedule for _, schedule in pairs[:limit]]
 
@@ -151,8 +150,8 @@ class Space:
 
 
 def _diverse(family: list[tuple[float, Schedule]]) -> list[tuple[float, Schedule]]:
-    """The best few of a family, of each register tile only the best order and stage levels."""
+    """The schedules of a family, of each register tile only the best order and stage levels."""
     tiles: dict[tuple[Digit, ...], tuple[float, Schedule]] = {}
     for pair in family:
         tiles.setdefault(tuple(d for d in pair[1].digits if d.bind not in ("grid", "serial")), pair)
-    return list(tiles.values())[:A_FAMILY]
+    return list(tiles.values())

@@ -17,10 +17,11 @@ from .nest import Nest
 from .schedule import Digit, Schedule, fused_name
 from .space_cpp import SIDE, lane_axes, phases, reduces, shares
 
-MAX_TERMS = 1000
+MAX_TERMS = 900
 MAX_OUTPUTS = 64
-"""Accumulators of one lane, at most."""
+"""Steps of the windows, at most, and of blocks."""
 
+MAX_ACCUMULATORS = 128
 MAX_ELEMENTS = 16384
 """Accumulator elements of one program: 128 registers of 128 threads."""
 
@@ -157,9 +158,11 @@ def tiles(nest: Nest, lanes: Lanes) -> list[Tile]:
         if outputs > MAX_OUTPUTS or len(own) > 4:
             continue
         kept = len(sides)
-        while kept and count * (sides[kept - 1].extent or 1) <= MAX_TERMS:
-            kept -= 1
-            count *= sides[kept].extent or 1
+        while kept:
+            extent, reduced = sides[kept - 1].extent or 1, sides[kept - 1].reduce
+            if count * extent > MAX_TERMS or (not reduced and outputs * extent > MAX_ACCUMULATORS):
+                break
+            kept, count, outputs = kept - 1, count * extent, outputs if reduced else outputs * extent
         found.append(tuple((a.name, a.extent or 1) for a in sides[kept:]) + own)
     return found
 
