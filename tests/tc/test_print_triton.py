@@ -27,7 +27,8 @@ from tests.profiles import examples
 pytest.importorskip("triton", reason="needs Triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+# Triton's interpreter cuts the last bits of a bfloat16 off, where a GPU rounds.
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}
 MOST_STEPS = 200
 """Tiles that a random schedule may run: the interpreter takes about a millisecond for each."""
 MOST_CODE = 8192
@@ -93,6 +94,8 @@ def _any_schedule(nest: Nest, rng: random.Random) -> Schedule:
             tile.append(Digit(name, rng.choice((2, 4, 8, 16)), "lanes"))
         if rng.random() < 0.3:
             tile.append(Digit(name, rng.choice((2, 3)), "unroll", parts[0] in divided and rng.random() < 0.7))
+        if len(parts) > 1 and rng.random() < 0.4:
+            tile.append(Digit(rng.choice(parts), rng.choice((2, 3, 4)), "unroll"))
     for digits in (*outer.values(), tile):
         rng.shuffle(digits)
     groups = tuple(parts for parts in fused if len(parts) > 1)
