@@ -111,7 +111,7 @@ class TunerConfig:
                 elites=4,
                 mutation_rate=0.7,
                 seconds=7.5,
-                build_timeout=6.0,
+                build_timeout=12.0,
                 overlap=True,
             )
         return cls(
