@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .nest import Access, Loop, Nest
+from .nest import Access, Index, Loop, Nest
 from .words import ITEM_BYTES, WORD_BYTES
 
 BANDWIDTH = 4e12
@@ -100,11 +100,7 @@ def _tile(nest: Nest) -> tuple[NDArray[np.bool_], list[Loop]]:
     alive = np.ones([p.count or 1 for p in own], bool)
     for access in nest.factors:
         for index in access.indices:
-            whole = all(
-                p.step * nest.block(p.axis) * index.coefficient(p.axis) % index.divisor == 0
-                for p in nest.loops[: nest.tile_start]
-            )
-            if index.divisor > 1 and whole:
+            if index.divisor > 1 and not any(step % index.divisor for step in _steps(nest, index)):
                 alive = alive & (_values(index.terms, index.offset, own) % index.divisor == 0)
     return alive, own
 
@@ -153,15 +149,21 @@ def _width(nest: Nest, access: Access) -> int:
         return 1
     index, extent = access.indices[runs[0]], tensor.shape[runs[0]] or 1
     steps = [extent, *(s for d, s in enumerate(tensor.strides) if d != runs[0] and tensor.shape[d] != 1)]
-    for loop in nest.loops:
-        if loop.bind == "unroll" and loop in nest.loops[nest.tile_start :]:
-            continue
-        for part in _parts(nest, loop.axis):
-            scale = nest.block(part) if nest.fusion_of(part) else loop.step
-            steps.append(index.coefficient(part) * scale // index.divisor)
+    steps += [step // index.divisor for step in _steps(nest, index)]
     while width > 1 and any(step % width for step in steps):
         width //= 2
     return width
+
+
+def _steps(nest: Nest, index: Index) -> list[int]:
+    """How far the numerator of an index moves with each loop that the tile does not unroll."""
+    start = nest.tile_start
+    return [
+        index.coefficient(part) * (nest.block(part) if part != loop.axis else loop.step)
+        for i, loop in enumerate(nest.loops)
+        if i < start or loop.bind != "unroll"
+        for part in _parts(nest, loop.axis)
+    ]
 
 
 def _step(nest: Nest, access: Access) -> float:

@@ -18,7 +18,7 @@ from .schedule import Digit, Schedule, apply
 CLIMBS = 6
 """Families of C++ schedules whose tiles are worked out; the model puts the others far behind."""
 
-LEADERS = 8
+LEADERS = 6
 """Tiles of a family of Triton schedules that are tried with all counts of lanes."""
 
 A_FAMILY = {"cpp": 2, "triton": 6}

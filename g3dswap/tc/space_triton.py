@@ -23,6 +23,9 @@ MAX_TERMS = 500
 MAX_OUTPUTS = 64
 """Steps of the windows, at most, and of blocks."""
 
+ENOUGH = 8
+"""Accumulators below which a lane shares too few loads to be worth a trial, where more are possible."""
+
 MAX_ACCUMULATORS = 128
 MAX_ELEMENTS = 16384
 """Accumulator elements of one program: 128 registers of 128 threads."""
@@ -31,6 +34,7 @@ PROGRAMS = (600, 2400)
 """How many programs a split reduction is to give: one or more for each multiprocessor of a large GPU."""
 
 WARP = 32
+LONG = 128  # an axis as long as this fills the lanes of a program by itself
 
 BATCH = 4
 """The batch that is assumed where programs are counted."""
@@ -100,7 +104,7 @@ def lane_sets(nest: Nest) -> list[Lanes]:
         found += [((axes, width),) for width in widths]
         for others, many in runs:
             mixed = nest.is_reduce(others[0]) != nest.is_reduce(axes[0])
-            if set(others) & set(axes) or mixed or len(others) > 1:
+            if set(others) & set(axes) or mixed or len(others) > 1 or extent >= LONG:
                 continue
             for width, other in ((16, 8), (32, 4), (64, 4)):
                 if width <= max(16, _power(extent, 64)) and other <= max(4, _power(many, 16)):
@@ -151,7 +155,8 @@ def tiles(nest: Nest, lanes: Lanes) -> list[Tile]:
         else:
             choices = [c for c in (1, 2, 4) if c <= extent] if _consecutive(nest, axis.name) else [1]
         windows.append([(axis.name, c) for c in choices])
-    found = []
+    found: list[Tile] = []
+    few: list[Tile] = []
     for window in itertools.product(*windows):
         own = tuple(w for w in window if w[1] > 1)
         uncovered = math.prod(p for a, p in split.items() if a not in covered)
@@ -165,8 +170,9 @@ def tiles(nest: Nest, lanes: Lanes) -> list[Tile]:
             if count * extent > MAX_TERMS or (not reduced and outputs * extent > MAX_ACCUMULATORS):
                 break
             kept, count, outputs = kept - 1, count * extent, outputs if reduced else outputs * extent
-        found.append(tuple((a.name, a.extent or 1) for a in sides[kept:]) + own)
-    return found
+        tile = tuple((a.name, a.extent or 1) for a in sides[kept:]) + own
+        (found if outputs >= ENOUGH else few).append(tile)
+    return found or few
 
 
 def families(nest: Nest) -> Iterator[tuple[list[Point], list[Point]]]:
