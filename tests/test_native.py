@@ -291,7 +291,9 @@ def test_switches_are_read_and_restored() -> None:
 
 
 def test_switches_work_after_global_flags_were_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)
+    # The flag is a global of the module that `torch.backends` has wrapped.
+    module = torch.backends.flags_frozen.__globals__
+    monkeypatch.setitem(module, "__allow_nonbracketed_mutation_flag", False)
     with pytest.raises(RuntimeError):
         torch.backends.cudnn.deterministic = True
     with native.switches(Problem("forward", GEOMETRY, device="cuda", deterministic=True)):
