@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .nest import Access, Index, Loop, Nest
+from .nest import VECTOR_BINDS, Access, Index, Loop, Nest
+from .triton_text import parts
 from .words import ITEM_BYTES, WORD_BYTES
 
 BANDWIDTH = 4e12
@@ -56,7 +57,7 @@ def cost(nest: Nest, warps: int = 4, batch: int = 4) -> float:
     each = max(1.0, math.prod(p.count or 1 for p in lanes) / (WARP * warps))  # elements of a thread
     alive, own = _tile(nest)
     terms = int(alive.sum())
-    factors = [_footprint(nest, f, alive) for f in nest.factors]
+    factors = [_footprint(nest, f, alive, own) for f in nest.factors]
     accumulators = math.prod(p.count or 1 for p in own if not nest.is_reduce(p.axis))
     half = ITEM_BYTES[nest.tensors[0].dtype] < 4
     loads = sum(f.words for f in factors if f.vector)
@@ -91,7 +92,7 @@ def cost(nest: Nest, warps: int = 4, batch: int = 4) -> float:
 
 
 def _lanes(nest: Nest) -> list[Loop]:
-    return [loop for loop in nest.loops if loop.bind in ("lanes", "rows", "cols", "depth")]
+    return [loop for loop in nest.loops if loop.bind in VECTOR_BINDS]
 
 
 def _tile(nest: Nest) -> tuple[NDArray[np.bool_], list[Loop]]:
@@ -116,11 +117,11 @@ def _values(terms: tuple[tuple[str, int], ...], offset: int, own: list[Loop]) ->
     return value
 
 
-def _footprint(nest: Nest, access: Access, alive: NDArray[np.bool_]) -> Footprint:
-    own = [p for p in nest.loops[nest.tile_start :] if p.bind == "unroll"]
+def _footprint(nest: Nest, access: Access, alive: NDArray[np.bool_], own: list[Loop]) -> Footprint:
+    """What the tile reads of a factor; `alive` and `own` are those of `_tile`."""
     tensor = nest.tensor(access.tensor)
     width = _width(nest, access)
-    vector = any(access.axes & _parts(nest, p.axis) for p in _lanes(nest))
+    vector = any(access.axes & parts(nest, p.axis) for p in _lanes(nest))
     elements: Values = np.zeros(alive.shape, np.int64)
     words = elements
     for index, extent, stride in zip(access.indices, tensor.shape, tensor.strides):
@@ -133,11 +134,6 @@ def _footprint(nest: Nest, access: Access, alive: NDArray[np.bool_]) -> Footprin
         _step(nest, access) * width**0.5,
         vector,
     )
-
-
-def _parts(nest: Nest, axis: str) -> frozenset[str]:
-    fused = nest.fused_axis(axis)
-    return frozenset(fused.parts if fused else (axis,))
 
 
 def _width(nest: Nest, access: Access) -> int:
@@ -162,7 +158,7 @@ def _steps(nest: Nest, index: Index) -> list[int]:
         index.coefficient(part) * (nest.block(part) if part != loop.axis else loop.step)
         for i, loop in enumerate(nest.loops)
         if i < start or loop.bind != "unroll"
-        for part in _parts(nest, loop.axis)
+        for part in parts(nest, loop.axis)
     ]
 
 
@@ -181,6 +177,6 @@ def _step(nest: Nest, access: Access) -> float:
     across = min(WARP, loop.count or 1)
     lines = max(1.0, min(across, across * step * size / LINE) if step else 1.0)
     rest = WARP // across
-    if rest > 1 and len(lanes) > 1 and access.axes & _parts(nest, lanes[-2].axis):
+    if rest > 1 and len(lanes) > 1 and access.axes & parts(nest, lanes[-2].axis):
         lines *= rest
     return min(float(WARP), lines)
