@@ -23,6 +23,7 @@ from g3dswap.bench.results import Results
 from g3dswap.bench.rounds import Times
 from g3dswap.choice import Choice
 from g3dswap.problem import DIRECTIONS, LAYOUTS, Geometry, Problem
+from g3dswap.tc import timing
 from tests.test_bench import synthetic
 
 MIB = 1 << 20
@@ -301,7 +302,7 @@ def test_what_synchronizes_has_no_graph_and_stops_nothing() -> None:
 
     contenders = graphs.rotations({"good": (torch.neg, [x]), "bad": (synchronizes, [x])}, 8 << 20)
     stream = torch.cuda.current_stream()
-    times = graphs.measure(contenders, 0.01, eager=graphs.sampler(), graph=graphs.sampler(graphs.flush()))
+    times = graphs.measure(contenders, 0.01, eager=timing.event_sampler(), graph=timing.sampler("cuda"))
     assert torch.cuda.current_stream() == stream
     assert times["good"].note == ""
     assert times["bad"].note

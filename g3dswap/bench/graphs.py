@@ -103,31 +103,6 @@ def capture(rotation: Rotation, count: int) -> Call:
     return graph.replay
 
 
-def sampler(lead: Call | None = None) -> Sampler:
-    """Seconds of a call between two events.
-
-    `lead` is queued before: it keeps the device busy while the host launches what is timed.
-    """
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def sample(call: Call) -> float:
-        if lead:
-            lead()
-        before.record()
-        call()
-        after.record()
-        after.synchronize()
-        return before.elapsed_time(after) / 1e3
-
-    return sample
-
-
-def flush() -> Call:
-    """Reads four times the L2."""
-    buffer = torch.zeros(max(cache_bytes(), 32 << 20), dtype=torch.float32, device="cuda")
-    return buffer.sum
-
-
 def measure(
     contenders: Mapping[Key, Rotation],
     seconds: float,

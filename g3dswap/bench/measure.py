@@ -157,7 +157,7 @@ def _time(
 ) -> dict[tuple[str, str], Times]:
     if problem.device == "cuda":
         found = graphs.rotations(contenders, problem.bytes(batch))
-        return graphs.measure(found, seconds, eager=graphs.sampler(), graph=graphs.sampler(graphs.flush()))
+        return graphs.measure(found, seconds, eager=timing.event_sampler(), graph=timing.sampler("cuda"))
     calls = {key: partial(run, *operands) for key, (run, operands) in contenders.items()}
     return alternate(calls, timing.sampler(problem.device), seconds)
 

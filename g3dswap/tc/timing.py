@@ -78,7 +78,7 @@ def measure(
 
 def sampler(device: str) -> Sampler:
     """The function that times one cold run of a call on `device` ("cpu" or "cuda"), in seconds."""
-    return _cuda_sampler() if device == "cuda" else _cpu_sampler()
+    return event_sampler(_flush()) if device == "cuda" else _cpu_sampler()
 
 
 def _cpu_sampler() -> Sampler:
@@ -94,15 +94,16 @@ def _cpu_sampler() -> Sampler:
     return sample
 
 
-def _cuda_sampler() -> Sampler:
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    # Four times the cache, so that the read also outlasts the host's launch of the call.
-    count = 4 * max(int(getattr(properties, "L2_cache_size", 0)), 32 << 20) // 4
-    flush = torch.zeros(count, dtype=torch.float32, device="cuda")
+def event_sampler(lead: Call | None = None) -> Sampler:
+    """The function that times a call between two events of the current GPU, in seconds.
+
+    `lead` is queued before: it keeps the device busy while the host launches what is timed.
+    """
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def sample(call: Call) -> float:
-        flush.sum()
+        if lead:
+            lead()
         before.record()
         call()
         after.record()
@@ -110,6 +111,13 @@ def _cuda_sampler() -> Sampler:
         return before.elapsed_time(after) / 1e3
 
     return sample
+
+
+def _flush() -> Call:
+    """Reads four times the L2 of the current GPU, so that it also outlasts the host's launch of a call."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    count = max(int(getattr(properties, "L2_cache_size", 0)), 32 << 20)
+    return torch.zeros(count, dtype=torch.float32, device="cuda").sum
 
 
 def l2_bytes(file: Path = _L2_FILE) -> int:
