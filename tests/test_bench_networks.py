@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-from g3dswap import cli
 from g3dswap.bench import network_results, network_run, networks, steps
 from g3dswap.bench.network_results import NetworkResults, NetworkRow
 from g3dswap.bench.networks import NETWORKS, Network, choose_networks
@@ -22,7 +20,7 @@ from g3dswap.bench.rounds import Times
 from g3dswap.bench.steps import Compared, Conversion, Side, Training
 from g3dswap.errors import ArgumentError
 from tests.fakes import FakeChooser, Net, faked
-from tests.test_bench import synthetic
+from tests.test_bench import invoke, load, succeeds, synthetic
 from tests.test_networks import roi_align  # noqa: F401  # a fixture
 
 SHAPE = (2, 3, 4, 6, 6)
@@ -48,20 +46,6 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeChoose
     monkeypatch.setattr(networks, "NETWORKS", MADE_UP)
     with faked(monkeypatch) as chooser:
         yield chooser
-
-
-def invoke(*words: str) -> Result:
-    return CliRunner().invoke(cli.main, words, prog_name="g3dswap")
-
-
-def succeeds(*words: str) -> str:
-    result = invoke(*words)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def load(name: str = "out.json") -> Any:
-    return json.loads(Path(name).read_text())
 
 
 # One network.
