@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import ScheduleError
-from .nest import Access, Fused, Index, Linear, Nest, Stage, Tensor, digits
+from .linear import Linear
+from .nest import Access, Fused, Index, Nest, Stage, Tensor, digits
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ..errors import NestError
 from .buffers import Buffer, Flat, make_buffer
-from .nest import Access, Linear, Nest, digits
+from .linear import Linear
+from .nest import Access, Nest, digits
 
 CHUNK = 1 << 20
 
@@ -29,8 +30,10 @@ def interpret(nest: Nest, arrays: Mapping[str, Floats], batch: int = 1) -> Float
     arrays: every operand, in the shape that the comprehension gives it (`batch` for the batch).
     """
     counts = [batch if loop.count is None else loop.count for loop in nest.loops]
-    out = nest.tensor(nest.output.tensor)
-    result = np.zeros([batch if e is None else e for e in out.shape])
+    shapes = {t.name: [batch if e is None else e for e in t.shape] for t in nest.tensors}
+    # A schedule may look at one dimension of a tensor as two.
+    arrays = {name: array.reshape(shapes[name]) for name, array in arrays.items()}
+    result = np.zeros(shapes[nest.output.tensor])
     buffers = {s.tensor: make_buffer(nest, s) for s in nest.stages}
     for env in _iterations(counts):
         axes = {a.name: _axis_value(nest, a.name, env) for a in nest.axes}
@@ -46,7 +49,7 @@ def interpret(nest: Nest, arrays: Mapping[str, Floats], batch: int = 1) -> Float
         target, inside = _locate(nest, nest.output, axes, batch)
         if nest.output.tensor in buffers:
             _check_buffer(nest, buffers[nest.output.tensor], target, inside & live, axes, env)
-        value = np.where(live, value, 0.0)
+        value = np.where(live & inside, value, 0.0)
         np.add.at(
             result, tuple(np.broadcast_arrays(*target, value)[:-1]), np.broadcast_arrays(*target, value)[-1]
         )
@@ -101,6 +104,8 @@ def _locate(
         value = number // index.divisor
         inside = inside & (number % index.divisor == 0) & (value >= 0) & (value < size)
         where.append(np.clip(value, 0, max(size - 1, 0)))
+    for a, b in access.ties:
+        inside = inside & (axes[a] == axes[b])
     return tuple(where), inside
 
 

@@ -55,9 +55,9 @@ def cost(nest: Nest, warps: int = 4, batch: int = 4) -> float:
     runs = math.prod(counts[: nest.tile_start]) // programs
     lanes = _lanes(nest)
     each = max(1.0, math.prod(p.count or 1 for p in lanes) / (WARP * warps))  # elements of a thread
-    alive, own = _tile(nest)
+    alive, own = tile_terms(nest)
     terms = int(alive.sum())
-    factors = [_footprint(nest, f, alive, own) for f in nest.factors]
+    factors = [footprint(nest, f, alive, own) for f in nest.factors]
     accumulators = math.prod(p.count or 1 for p in own if not nest.is_reduce(p.axis))
     half = ITEM_BYTES[nest.tensors[0].dtype] < 4
     loads = sum(f.words for f in factors if f.vector)
@@ -95,15 +95,31 @@ def _lanes(nest: Nest) -> list[Loop]:
     return [loop for loop in nest.loops if loop.bind in VECTOR_BINDS]
 
 
-def _tile(nest: Nest) -> tuple[NDArray[np.bool_], list[Loop]]:
+def tile_terms(nest: Nest) -> tuple[NDArray[np.bool_], list[Loop]]:
     """Which terms of the unrolled tile do not vanish, and the loops that the array's dimensions are."""
     own = [p for p in nest.loops[nest.tile_start :] if p.bind == "unroll"]
     alive = np.ones([p.count or 1 for p in own], bool)
     for access in nest.factors:
-        for index in access.indices:
+        for index, extent in zip(access.indices, nest.tensor(access.tensor).shape):
+            value = _values(index.terms, index.offset, own)
             if index.divisor > 1 and not any(step % index.divisor for step in _steps(nest, index)):
-                alive = alive & (_values(index.terms, index.offset, own) % index.divisor == 0)
+                alive = alive & (value % index.divisor == 0)
+            if extent is not None:
+                low, high = _outside(nest, index)
+                alive = alive & (value + high >= 0) & (value + low < extent * index.divisor)
     return alive, own
+
+
+def _outside(nest: Nest, index: Index) -> tuple[int, int]:
+    """The least and the most that the loops which the tile does not unroll add to an index's numerator."""
+    low = high = 0
+    for axis, coefficient in index.terms:
+        count = nest.axis(axis).extent or 1
+        unrolled = [p for p in nest.loops[nest.tile_start :] if p.bind == "unroll" and p.axis == axis]
+        step = math.prod(p.count or 1 for p in unrolled)
+        reach = coefficient * step * max(0, -(-count // step) - 1)
+        low, high = low + min(reach, 0), high + max(reach, 0)
+    return low, high
 
 
 def _values(terms: tuple[tuple[str, int], ...], offset: int, own: list[Loop]) -> Values:
@@ -117,8 +133,8 @@ def _values(terms: tuple[tuple[str, int], ...], offset: int, own: list[Loop]) ->
     return value
 
 
-def _footprint(nest: Nest, access: Access, alive: NDArray[np.bool_], own: list[Loop]) -> Footprint:
-    """What the tile reads of a factor; `alive` and `own` are those of `_tile`."""
+def footprint(nest: Nest, access: Access, alive: NDArray[np.bool_], own: list[Loop]) -> Footprint:
+    """What the tile reads of a factor; `alive` and `own` are those of `tile_terms`."""
     tensor = nest.tensor(access.tensor)
     width = _width(nest, access)
     vector = any(access.axes & parts(nest, p.axis) for p in _lanes(nest))

@@ -2,12 +2,14 @@
 
 The whole grammar::
 
-    nest    ::= output(index, ...) += factor * factor     the contraction, over all axes
-                output(index, ...) += addend + ...        the epilogue, once the reductions are done
+    nest    ::= output += factor * factor                 the contraction, over all axes
+                output += addend + ...                    the epilogue, once the reductions are done
                 with axes, fused axes, loops, stages
     axis    ::= name in [0, extent), parallel or reduce   extent None: the batch, known at run time
     fused   ::= name = (axis, ...)                        row-major flattening; inner extents may be padded
                 a part may have unrolled digits of its own: the flat index then counts blocks of that part
+    access  ::= tensor(index, ...) [axis == axis]...      ties: zero where the two axes of one differ, or,
+                for the output, not written there
     index   ::= (sum coefficient * axis + offset) / divisor
                 an inexact division or an index outside its tensor makes the whole term zero
     loop    ::= axis-digit = step * [0, count)  bind      grid | serial | unroll | lanes | rows | cols | depth
@@ -22,11 +24,11 @@ three axes of a matrix product form the register tile, and all of them stand at 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import NestError
+from .linear import Linear
 
 BINDS = ("grid", "serial", "unroll", "lanes", "rows", "cols", "depth")
 TILE_BINDS = ("unroll", "lanes", "rows", "cols", "depth")
@@ -100,13 +102,15 @@ class Index:
 class Access:
     tensor: str
     indices: tuple[Index, ...]
+    ties: tuple[tuple[str, str], ...] = ()
 
     @property
     def axes(self) -> frozenset[str]:
-        return frozenset().union(*(index.axes for index in self.indices))
+        return frozenset().union(*(index.axes for index in self.indices), *self.ties)
 
     def __str__(self) -> str:
-        return f"{self.tensor}({', '.join(map(str, self.indices))})"
+        ties = "".join(f" [{a} == {b}]" for a, b in self.ties)
+        return f"{self.tensor}({', '.join(map(str, self.indices))}){ties}"
 
 
 @dataclass(frozen=True)
@@ -244,54 +248,6 @@ class Nest:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A linear form over named symbols (loop variables, opaque run-time expressions)."""
-
-    const: int = 0
-    terms: tuple[tuple[str, int], ...] = ()
-
-    @staticmethod
-    def of(const: int, terms: Iterable[tuple[str, int]]) -> Linear:
-        total: dict[str, int] = {}
-        for symbol, coefficient in terms:
-            total[symbol] = total.get(symbol, 0) + coefficient
-        return Linear(const, tuple(sorted((s, c) for s, c in total.items() if c)))
-
-    def __add__(self, other: Linear | int) -> Linear:
-        if isinstance(other, int):
-            return Linear(self.const + other, self.terms)
-        if not self.terms or not other.terms:
-            return Linear(self.const + other.const, self.terms or other.terms)
-        return Linear.of(self.const + other.const, (*self.terms, *other.terms))
-
-    def __sub__(self, other: Linear) -> Linear:
-        return self + other * -1
-
-    def __mul__(self, factor: int) -> Linear:
-        return Linear(self.const * factor, tuple((s, c * factor) for s, c in self.terms) if factor else ())
-
-    def coefficient(self, symbol: str) -> int:
-        return dict(self.terms).get(symbol, 0)
-
-    def without(self, symbol: str) -> Linear:
-        return Linear(self.const, tuple((s, c) for s, c in self.terms if s != symbol))
-
-    def bounds(self, counts: Mapping[str, int]) -> tuple[int, int]:
-        """The smallest and largest value when each symbol runs over [0, counts[symbol])."""
-        low = high = self.const
-        for symbol, coefficient in self.terms:
-            reach = coefficient * (counts[symbol] - 1)
-            low, high = low + min(reach, 0), high + max(reach, 0)
-        return low, high
-
-    def __str__(self) -> str:
-        parts = [s if c == 1 else f"{s}*{c}" for s, c in self.terms]
-        if self.const or not parts:
-            parts.append(str(self.const))
-        return " + ".join(parts)
-
-
 def digits(nest: Nest, axis: str) -> Linear:
     """The value of an axis (or fused axis) as a linear form over the loop variables `v<i>`."""
     known: Linear | None = nest._by_name.get(("digits", axis))
@@ -318,6 +274,7 @@ def verify(nest: Nest) -> Nest:
         for index in access.indices:
             _require(index.axes <= set(names), nest, "{} uses an axis that is not one of {}", access, names)
             _require(index.divisor > 0, nest, "{} divides by {}", access, index.divisor)
+        _require(access.axes <= set(names), nest, "{} ties an axis that is not one of {}", access, names)
     for index in nest.output.indices:
         _require(
             len(index.terms) == 1 and index.is_axis(index.terms[0][0]),

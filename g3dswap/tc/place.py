@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ..errors import ScheduleError
 from .buffers import Buffer, index_over_loops, loop_counts
-from .nest import Access, Fused, Linear, Nest, digits
+from .linear import Linear
+from .nest import Access, Fused, Nest, digits
 
 Env = Mapping[str, int]
 

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .nest import Access, Fused, Index, Linear, Nest, digits
+from .linear import Linear
+from .nest import Access, Fused, Index, Nest, digits
 from .place import Env, Guard, resolve
 
 
@@ -86,6 +87,10 @@ class Spotter:
                 return None
             if stride == 1 and extent is not None and extent > 1:
                 runs.append(Guard(value, extent))
+        for a, b in access.ties:
+            # Equal is 0 <= a - b < 1.
+            if not self._guard(self._axis(a, env) - self._axis(b, env), 1, guards):
+                return None
         run = runs[0] if len(runs) == 1 else None
         return Spot(access.tensor, self._joined(address), tuple(guards), tuple(exact), run)
 

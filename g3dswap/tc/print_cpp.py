@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from ..errors import ScheduleError
 from .buffers import make_buffer
 from .copies_cpp import MEMORY_TYPES, CopyPrinter
-from .nest import Access, Linear, Nest
+from .linear import Linear
+from .nest import Access, Nest
 from .place import Env, Guard, Place, Placer
 from .prelude_cpp import prelude
 
@@ -46,6 +47,8 @@ class _Printer(CopyPrinter):
         binds = [loop.bind for loop in nest.loops]
         if {"rows", "cols", "depth"} & set(binds) or binds.count("lanes") > 1:
             raise ScheduleError(f"C++ has one axis of lanes and no matrix unit, not [{', '.join(binds)}].")
+        if tied := [access for access in nest.accesses if access.ties]:
+            raise ScheduleError(f"C++ has no packed axes, but {tied[0]} has one; leave it unpacked.")
         if blocked := [part for fused in nest.fused for part in fused.parts if nest.block(part) > 1]:
             raise ScheduleError(f"C++ flattens whole axes, but {blocked[0]} has digits of its own.")
         self.width = next((p.count or 1 for p in nest.loops if p.bind == "lanes"), 1)

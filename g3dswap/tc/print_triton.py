@@ -172,15 +172,18 @@ class _Printer:
         if role:
             side = "rows" if role == "a" else "cols"
             reach |= {v for v, p in self.vectors.items() if p.bind in (side, "depth")}
-        for symbol in sorted(reach - self.write.reach(spot.address)):
-            # Pointers have the shape of the mask, and that of the operand of a matrix product.
-            pointer = f"{pointer} + {self.write.symbol(symbol, role)} * 0"
+        pointer = self.spread(pointer, spot, role, reach)
         mask = " & ".join(m for m in (condition, mask) if m)
         other = "0" if base else "0.0"
         text = f"tl.load({pointer}, mask={mask}, other={other})" if mask else f"tl.load({pointer})"
         if self.dtype != self.compute and not role and not base:
             text += f".to(tl.{self.compute})"
         return self.text.define(prefix, text)
+
+    def spread(self, pointer: str, spot: Spot, role: str, reach: frozenset[str]) -> str:
+        """A pointer in the shape of all that is in `reach`: of a mask, or an operand of a matrix product."""
+        missing = sorted(reach - self.write.reach(spot.address))
+        return " + ".join([pointer, *(f"{self.write.symbol(symbol, role)} * 0" for symbol in missing)])
 
     def tile_points(self, env: Env) -> Iterator[tuple[Key, Env]]:
         """Every point of the unrolled tile and the key of its accumulator."""
@@ -297,7 +300,8 @@ class _Printer:
 
     def write_out(self, spot: Spot, value: str, base: str = "") -> None:
         pointer = self.write.pointer(spot, "", self.shift(), base)
-        mask, _ = self.write.mask(spot, "")
+        mask, reach = self.write.mask(spot, "")
+        pointer = self.spread(pointer, spot, "", reach)
         self.text.emit(f"tl.store({pointer}, {value}{f', mask={mask}' if mask else ''})")
 
     def shift(self) -> str:

@@ -9,7 +9,7 @@ The order is the loop order, outermost first.  Of the digits of one axis, an ear
 significant; a `phase` digit is the least significant wherever it stands, which is how an axis is split
 by a stride (t = 2 * t' + phase) so that an exact division is decided at compile time.  The digits of a
 part of a fused axis are less significant than the fused axis's: "h*w 128 lanes | w 4 unroll" gives each
-lane a block of four columns.
+lane a block of four columns.  What is packed (`pack`) has axes of its own to split.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import NestError, ScheduleError
 from .nest import BINDS, Fused, Loop, Nest, Stage, verify_loops
+from .pack import packed
 
 
 @dataclass(frozen=True, order=True)
@@ -43,15 +44,18 @@ class Schedule:
     fuse:   axes to flatten, each group row-major under the name "h*w".
     stage:  (tensor, level): copy the tensor's footprint to a buffer inside the first `level` loops.
     hints:  numbers for the target that do not change the meaning (warps, pipeline stages).
+    pack:   (axis, count): blocks of a batch axis that become one block-diagonal product.
     """
 
     digits: tuple[Digit, ...]
     fuse: tuple[tuple[str, ...], ...] = ()
     stage: tuple[tuple[str, int], ...] = ()
     hints: tuple[tuple[str, int], ...] = ()
+    pack: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
-        text = " | ".join(map(str, self.digits))
+        text = "".join(f"pack {axis} by {count}; " for axis, count in self.pack)
+        text += " | ".join(map(str, self.digits))
         for tensor, level in self.stage:
             text += f"; stage {tensor}@{level}"
         return text + "".join(f"; {name}={value}" for name, value in self.hints)
@@ -65,6 +69,8 @@ class Schedule:
             "fuse": [list(group) for group in self.fuse],
             "stage": [list(pair) for pair in self.stage],
             "hints": dict(self.hints),
+            # Only where there is any: what was tuned before there was packing reads as it was written.
+            **({"pack": dict(self.pack)} if self.pack else {}),
         }
 
     @classmethod
@@ -75,7 +81,8 @@ class Schedule:
                 digits=tuple(_parse_digit(text) for text in data["digits"]),
                 fuse=tuple(tuple(str(a) for a in group) for group in data["fuse"]),
                 stage=tuple((str(tensor), int(level)) for tensor, level in data["stage"]),
-                hints=tuple(sorted((str(k), int(v)) for k, v in data["hints"].items())),
+                hints=_numbers(data["hints"]),
+                pack=_numbers(data.get("pack", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ScheduleError(
@@ -83,6 +90,10 @@ class Schedule:
                 f"({error}); tune the layer again."
             ) from error
         return schedule
+
+
+def _numbers(data: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted((str(name), int(number)) for name, number in data.items()))
 
 
 def _parse_digit(text: str) -> Digit:
@@ -100,12 +111,14 @@ def fused_name(parts: Sequence[str]) -> str:
 
 
 def apply(nest: Nest, schedule: Schedule) -> Nest:
-    """The nest with the schedule's loops, fused axes and stages, verified.
+    """The nest with the schedule's packed axes, loops, fused axes and stages, verified.
 
     ScheduleError: the schedule does not fit this nest (it names other axes, cuts the batch, ...).
     """
     staged = {tensor for tensor, _ in schedule.stage}
     try:
+        for axis, count in schedule.pack:
+            nest = packed(nest, axis, count)
         fused = tuple(_fuse(nest, parts, staged, schedule) for parts in schedule.fuse)
         scheduled = replace(nest, fused=fused, loops=(), stages=(), _by_name={})
         loops = _loops(scheduled, schedule)

@@ -6,9 +6,11 @@ import functools
 import math
 import os
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 
 from ..errors import ArgumentError, ScheduleError
-from . import model_triton, space_cpp, space_triton
+from . import model_product, model_triton, space_cpp, space_product, space_triton
 from .model_cpp import cost as cost_cpp
 from .nest import Nest
 from .print_cpp import print_cpp
@@ -18,11 +20,16 @@ from .schedule import Digit, Schedule, apply
 CLIMBS = 6
 """Families of C++ schedules whose tiles are worked out; the model puts the others far behind."""
 
+TILES = 300
+"""Tiles of a family of Triton schedules that are compared, evenly spread where there are more."""
+
 LEADERS = 6
-"""Tiles of a family of Triton schedules that are tried with all counts of lanes."""
+"""Those of them that are tried with all counts of lanes."""
 
 A_FAMILY = {"cpp": 2, "triton": 6}
 """Most schedules of one family among the ranked ones, so that a wrong model cannot hide the right family."""
+
+Tiled = space_triton.Point | space_product.Product
 
 
 class Space:
@@ -44,7 +51,10 @@ class Space:
             scheduled = apply(self.nest, schedule)
             if self.target == "cpp":
                 return cost_cpp(scheduled, self.threads)
-            return model_triton.cost(scheduled, schedule.hint("warps", 4))
+            warps = schedule.hint("warps", 4)
+            if space_product.is_product(schedule):
+                return model_product.cost(scheduled, warps, schedule.hint("stages", 2))
+            return model_triton.cost(scheduled, warps)
         except ScheduleError:
             return math.inf
 
@@ -76,8 +86,11 @@ class Space:
 
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
         families = []
-        for first, rest in space_triton.families(self.nest):
-            seen = {point: self.cost(point.schedule(self.nest)) for point in first}
+        every: list[tuple[Sequence[Tiled], Sequence[Tiled]]]
+        every = [*space_triton.families(self.nest), *space_product.families(self.nest)]
+        for first, rest in every:
+            compared = first[:: -(-len(first) // TILES)] if first else first
+            seen = {point: self.cost(point.schedule(self.nest)) for point in compared}
             leaders = {point.tile for point in sorted(seen, key=lambda p: seen[p])[:LEADERS]}
             for point in rest:
                 if point.tile in leaders and point not in seen:
@@ -122,7 +135,7 @@ class Space:
             else d
             for d in a.digits
         )
-        child = Schedule(digits, a.fuse, a.stage, a.hints)
+        child = replace(a, digits=digits)
         return child if self.cost(child) < math.inf else a
 
     def any(self, rng: random.Random, printable: bool = True) -> Schedule:
@@ -139,6 +152,9 @@ class Space:
     def _vary(self, schedule: Schedule, rng: random.Random) -> Schedule:
         if self.target == "cpp":
             return space_cpp.mutate(self.nest, space_cpp.Point.of(schedule), rng).schedule(self.nest)
+        if space_product.is_product(schedule):
+            product = space_product.Product.of(schedule)
+            return space_product.mutate(self.nest, product, rng).schedule(self.nest)
         return space_triton.mutate(self.nest, space_triton.Point.of(schedule), rng).schedule(self.nest)
 
     def _prints(self, schedule: Schedule) -> bool:

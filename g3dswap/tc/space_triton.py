@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from .nest import Nest
@@ -88,7 +88,7 @@ class Point:
         return cls(lanes, tile, grid, schedule.hint("warps", 4))
 
 
-def _power(extent: int, most: int) -> int:
+def power(extent: int, most: int) -> int:
     """The power of two that covers an extent, up to `most`."""
     return min(most, 1 << max(0, extent - 1).bit_length())
 
@@ -96,18 +96,18 @@ def _power(extent: int, most: int) -> int:
 def lane_sets(nest: Nest) -> list[Lanes]:
     """One or two lane dimensions, the last of which ends in an axis that is consecutive in memory."""
     runs = [(axes, math.prod(nest.extent(a) or 1 for a in axes)) for axes in lane_axes(nest)]
-    runs = [(axes, extent) for axes, extent in runs if not any(_side(nest, a) for a in axes)]
+    runs = [(axes, extent) for axes, extent in runs if not any(is_side(nest, a) for a in axes)]
     fast = [(axes, extent) for axes, extent in runs if _consecutive(nest, axes[-1])] or runs
     found: list[Lanes] = []
     for axes, extent in fast:
-        widths = [w for w in (32, 64, 128, 256, 512) if w <= max(32, _power(extent, 512))]
+        widths = [w for w in (32, 64, 128, 256, 512) if w <= max(32, power(extent, 512))]
         found += [((axes, width),) for width in widths]
         for others, many in runs:
             mixed = nest.is_reduce(others[0]) != nest.is_reduce(axes[0])
             if set(others) & set(axes) or mixed or len(others) > 1 or extent >= LONG:
                 continue
             for width, other in ((16, 8), (32, 4), (64, 4)):
-                if width <= max(16, _power(extent, 64)) and other <= max(4, _power(many, 16)):
+                if width <= max(16, power(extent, 64)) and other <= max(4, power(many, 16)):
                     found.append(((others, other), (axes, width)))
     return found
 
@@ -122,7 +122,7 @@ def _consecutive(nest: Nest, axis: str) -> bool:
     )
 
 
-def _side(nest: Nest, axis: str) -> bool:
+def is_side(nest: Nest, axis: str) -> bool:
     """Whether an axis is a side of the kernel: short, and added to another axis in some index."""
     short = (nest.extent(axis) or 0) <= SIDE
     longer = (
@@ -139,7 +139,7 @@ def tiles(nest: Nest, lanes: Lanes) -> list[Tile]:
     and blocks of the axes that the lanes run along."""
     covered = {a for axes, _ in lanes for a in axes}
     split = phases(nest)
-    sides = [a for a in nest.axes if a.name not in covered and (a.extent or 0) > 1 and _side(nest, a.name)]
+    sides = [a for a in nest.axes if a.name not in covered and (a.extent or 0) > 1 and is_side(nest, a.name)]
     windows = []
     for axis in nest.axes:
         extent = axis.extent or 1
@@ -198,15 +198,21 @@ def _points(nest: Nest, lanes: Lanes, tile: Tile) -> list[Point]:
 
 
 def splits(nest: Nest, lanes: Lanes, tile: Tile) -> list[Split]:
+    own = {fused_name(axes): (axes, width) for axes, width in lanes}
+    return split_reductions(nest, own, dict(tile))
+
+
+def split_reductions(
+    nest: Nest, own: Mapping[str, tuple[tuple[str, ...], int]], counts: Mapping[str, int]
+) -> list[Split]:
     """Reductions to split so that there are enough programs: the batch first, then the longest.
 
+    own: by name, the axes that a program's tile runs along and its steps there; counts: what is unrolled.
     Nothing is split where the result has the batch, which makes programs enough, and large partial results.
     """
     if any(axis.extent is None and not axis.reduce for axis in nest.axes):
         return [()]
-    counts = dict(tile)
-    own = {fused_name(axes): (axes, width) for axes, width in lanes}
-    parts = {a for axes, _ in lanes for a in axes}
+    parts = {a for axes, _ in own.values() for a in axes}
     programs = 1
     reductions = []
     for name in [*own, *(a.name for a in nest.axes if a.name not in parts)]:

@@ -6,7 +6,8 @@ import keyword
 import math
 from collections.abc import Iterator
 
-from .nest import VECTOR_BINDS, Linear, Nest
+from .linear import Linear
+from .nest import VECTOR_BINDS, Nest
 from .place import Guard
 from .place_nd import Spot, Spotter
 from .scopes import Scopes
@@ -160,6 +161,9 @@ class Expressions:
             form = Linear(0, quotient.form.terms)
             bottom, top = (b * quotient.number - quotient.form.const for b in (bottom, top))
         level, text = self.level(form), self.named(form, role)
+        if low < 0 and high >= guard.extent and top == bottom + 1:
+            yield level, self.text.define("m", f"{text} == {bottom}", level)
+            return
         if low < 0:
             yield level, self.text.define("m", f"{text} >= {bottom}", level)
         if high >= guard.extent:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .nest import Linear
+from .linear import Linear
 from .place import Guard
 from .place_nd import Spot
 

@@ -12,8 +12,9 @@ from g3dswap.errors import NestError, NotationError, ScheduleError
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc.buffers import Flat, make_buffer
 from g3dswap.tc.interpret import interpret
+from g3dswap.tc.linear import Linear
 from g3dswap.tc.lower import lower
-from g3dswap.tc.nest import Index, Linear, Loop, Nest, Stage, verify
+from g3dswap.tc.nest import Index, Loop, Nest, Stage, verify
 from g3dswap.tc.parser import parse
 from g3dswap.tc.schedule import Digit, Schedule, apply, serial
 

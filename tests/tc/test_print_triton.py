@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from g3dswap.problem import Geometry, Problem
 from g3dswap.tc.interpret import interpret
 from g3dswap.tc.kernel import build
 from g3dswap.tc.nest import Nest
+from g3dswap.tc.pack import packed
 from g3dswap.tc.print_triton import print_triton
 from g3dswap.tc.schedule import Digit, Schedule, apply, fused_name, serial
 from tests.conftest import Golden
@@ -44,9 +46,14 @@ def schedule_of(text: str, **hints: int) -> Schedule:
 
 def random_schedule(nest: Nest, rng: random.Random) -> Schedule:
     """Any legal schedule: fused axes, orders, binds and counts that nobody would choose."""
+    groups = nest.axis("g").extent or 1
+    packs = [(("g", c),) for c in (2, 3, 4) if groups % c == 0]
     for _ in range(1000):
         dot = rng.random() < 0.15 and getattr(torch, nest.tensors[0].dtype) in PRODUCTS
-        schedule = _dot_schedule(nest, rng) if dot else _any_schedule(nest, rng)
+        pack = rng.choice(packs) if packs and rng.random() < 0.3 else ()
+        whole = packed(nest, *pack[0]) if pack else nest
+        schedule = _dot_schedule(whole, rng) if dot else _any_schedule(whole, rng)
+        schedule = replace(schedule, pack=pack)
         try:
             scheduled = apply(nest, schedule)
             print_triton(scheduled)
@@ -160,7 +167,7 @@ def check(problem: Problem, schedule: Schedule, batch: int = 2) -> str:
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     """Small problems; kernels no larger than the padded input."""
-    groups, channels, filters = (draw(st.integers(1, most)) for most in (3, 3, 2))
+    groups, channels, filters = (draw(st.integers(1, most)) for most in (4, 3, 2))
     sides = []
     for most in (3, 5, 6):
         kernel, dilation, padding = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(0, 2))
