@@ -32,7 +32,7 @@ def interpret(nest: Nest, arrays: Mapping[str, Floats], batch: int = 1) -> Float
     counts = [batch if loop.count is None else loop.count for loop in nest.loops]
     shapes = {t.name: [batch if e is None else e for e in t.shape] for t in nest.tensors}
     # A schedule may look at one dimension of a tensor as two.
-    arrays = {name: array.reshape(shapes[name]) for name, array in arrays.items()}
+    arrays = {name: arrays[name].reshape(shapes[name]) for name in nest.operands}
     result = np.zeros(shapes[nest.output.tensor])
     buffers = {s.tensor: make_buffer(nest, s) for s in nest.stages}
     for env in _iterations(counts):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
-from . import runtime_cpp, runtime_triton
+from . import runtime_cpp, runtime_triton, totals
 from .nest import Nest
 from .print_cpp import print_cpp
 from .print_triton import print_triton
@@ -50,13 +50,14 @@ class Kernel:
 
     Calling it computes `out` from the operands, which must lie in memory as the nest says: plain
     tensors whose elements follow the nest's strides, with any batch size.  Results of a reduction that
-    is split over the grid are added up here, in a fixed order.
+    is split over the grid are added up, in a fixed order: by the kernel `total` or, without one, by PyTorch.
     """
 
     nest: Nest
     schedule: Schedule
     source: str
     launch: Launch
+    total: Kernel | None = None
 
     def __call__(self, *operands: torch.Tensor, out: torch.Tensor) -> None:
         if len(operands) != self._arity:
@@ -75,6 +76,9 @@ class Kernel:
             return
         partial = torch.empty((parts, out.numel()), dtype=dtype, device=out.device)
         self.launch(operands, partial, batch)
+        if self.total is not None:
+            self.total(partial, out=out)
+            return
         # The partial results lie in the nest's order of elements, which is out's order in memory.
         out.as_strided((out.numel(),), (1,)).copy_(partial.sum(0))
 
@@ -99,8 +103,11 @@ class Kernel:
 
 
 def show(nest: Nest, schedule: Schedule, target: str) -> str:
-    """The source text of a kernel. ScheduleError: the schedule does not fit the nest or the target."""
-    return (print_cpp if target == "cpp" else print_triton)(apply(nest, schedule))
+    """The source text of a kernel, and of the one that sums its partial results.
+
+    ScheduleError: the schedule does not fit the nest or the target.
+    """
+    return "\n\n".join(stage.source for stage in _stages(nest, schedule, target))
 
 
 def build(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) -> Kernel:
@@ -109,8 +116,12 @@ def build(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) ->
     Thread-safe.  Raises ScheduleError (no such kernel), CompileError (the compiler failed or took
     longer than `timeout` seconds) or NoCompilerError.
     """
-    scheduled, source = _printed(nest, schedule, target)
-    return Kernel(scheduled, schedule, source, _RUNTIMES[target].load(scheduled, schedule, source, timeout))
+    found: Kernel | None = None
+    for stage in reversed(_stages(nest, schedule, target)):  # each is given the next
+        launch = _RUNTIMES[target].load(stage.nest, stage.schedule, stage.source, timeout)
+        found = Kernel(stage.nest, stage.schedule, stage.source, launch, found)
+    assert found is not None
+    return found
 
 
 def prepare(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) -> None:
@@ -118,12 +129,29 @@ def prepare(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) 
 
     Errors are those of `build`.
     """
-    scheduled, source = _printed(nest, schedule, target)
-    _RUNTIMES[target].prepare(scheduled, schedule, source, timeout)
+    for stage in _stages(nest, schedule, target):
+        _RUNTIMES[target].prepare(stage.nest, stage.schedule, stage.source, timeout)
 
 
-def _printed(nest: Nest, schedule: Schedule, target: str) -> tuple[Nest, str]:
+@dataclass(frozen=True)
+class _Stage:
+    """A scheduled nest and its source."""
+
+    nest: Nest
+    schedule: Schedule
+    source: str
+
+
+def _stages(nest: Nest, schedule: Schedule, target: str) -> list[_Stage]:
+    """What is compiled for a schedule, in the order of launches."""
     if target not in TARGETS:
         raise ArgumentError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}.")
     scheduled = apply(nest, schedule)
-    return scheduled, (print_cpp if target == "cpp" else print_triton)(scheduled)
+    if target == "cpp":
+        return [_Stage(scheduled, schedule, print_cpp(scheduled))]
+    stages = [_Stage(scheduled, schedule, print_triton(scheduled, schedule.hint("ahead", 0)))]
+    second = totals.total(scheduled)
+    if second is not None:
+        summing = apply(*second)
+        stages.append(_Stage(summing, second[1], print_triton(summing)))
+    return stages

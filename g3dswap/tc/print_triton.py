@@ -28,16 +28,17 @@ MIN_DOT = 16
 Key = tuple[int, ...]
 
 
-def print_triton(nest: Nest) -> str:
+def print_triton(nest: Nest, ahead: int = 0) -> str:
     """The source text of a module with one function, ``kernel(*operands, out, batch)``.
 
+    ahead: how many loads are begun before the matrix products of earlier ones.
     It is to be launched on one program for each step of the grid loops, in one dimension.
 
     ScheduleError: the schedule has no meaning for this target (stages, lanes that are no power of two,
     a matrix product of float64, ...).
     """
     _check(nest)
-    return _Printer(nest).print()
+    return _Printer(nest, ahead).print()
 
 
 def _check(nest: Nest) -> None:
@@ -80,12 +81,14 @@ def _check_dot(nest: Nest, loops: list[Loop]) -> None:
 
 
 class _Printer:
-    def __init__(self, nest: Nest) -> None:
+    def __init__(self, nest: Nest, ahead: int) -> None:
         self.nest = nest
+        self.ahead = ahead
         self.write = Expressions(nest)
         self.text = self.write.text
         self.spot = self.write.spotter.spot
         self.dtype = nest.tensors[0].dtype
+        self.result = nest.tensor(nest.output.tensor).dtype
         self.compute = "float64" if self.dtype == "float64" else "float32"
         self.vectors = self.write.vectors
         self.sums = [d for v, d in self.write.dims.items() if nest.is_reduce(self.vectors[v].axis)]
@@ -180,6 +183,16 @@ class _Printer:
             text += f".to(tl.{self.compute})"
         return self.text.define(prefix, text)
 
+    def rounded(self, name: str) -> str:
+        """A factor of a matrix product: a float32 as the nearest TF32, which the unit would truncate it to.
+
+        NaN stays NaN, and infinity infinity.
+        """
+        if self.dtype != "float32" or self.nest.precision != "tf32":
+            return name
+        bits = f"(({name}.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)"
+        return self.text.define("r", f"tl.where({name} == {name}, {bits}, {name})")
+
     def spread(self, pointer: str, spot: Spot, role: str, reach: frozenset[str]) -> str:
         """A pointer in the shape of all that is in `reach`: of a mask, or an operand of a matrix product."""
         missing = sorted(reach - self.write.reach(spot.address))
@@ -241,7 +254,11 @@ class _Printer:
         uses: dict[Spot, list[tuple[Key, list[Spot]]]] = {}
         for key, spots in terms:
             uses.setdefault(spots[stream], []).append((key, spots))
-        for spot in sorted(uses, key=lambda s: (s.address.terms, s.address.const)):
+        order = sorted(uses, key=lambda s: (s.address.terms, s.address.const))
+        for i, spot in enumerate(order):
+            # Nothing is loaded past the barriers of a matrix product, so loads are begun some products ahead.
+            for later in order[i + 1 : i + 1 + self.ahead]:
+                self.load("x", later, self.roles[stream])
             for key, spots in uses[spot]:
                 self.multiply(self.name(key), [self.load("x", s, r) for s, r in zip(spots, self.roles)])
 
@@ -257,7 +274,7 @@ class _Printer:
         if not self.write.dot:
             self.text.emit(f"{accumulator} += {' * '.join(factors)}")
             return
-        a, b = (factors[self.roles.index(role)] for role in ("a", "b"))
+        a, b = (self.rounded(factors[self.roles.index(role)]) for role in ("a", "b"))
         precision = f', input_precision="{self.nest.precision}"' if self.dtype == "float32" else ""
         self.text.emit(f"{accumulator} = tl.dot({a}, {b}, {accumulator}{precision})")
 
@@ -271,7 +288,7 @@ class _Printer:
             assert spot is not None
             value = self.total(self.name(key), point)
             tiled = self.write.reach(spot.address) and not self.sums and not self.nest.partial_loops
-            found = word(spot, self.dtype) if tiled else None
+            found = word(spot, self.result) if tiled else None
             if found is None:
                 single.append((spot, value))
             else:
@@ -283,17 +300,17 @@ class _Printer:
             text = whole.text([elements[place][1] for place in range(whole.width)])
             self.write_out(whole.spot, text, self.text.variable(*whole.base))
         for spot, value in single:
-            if not self.nest.partial_loops and self.dtype != self.compute:
-                value = f"{value}.to(tl.{self.dtype})"
+            if not self.nest.partial_loops and self.result != self.compute:
+                value = f"{value}.to(tl.{self.result})"
             self.write_out(spot, value)
 
     def total(self, value: str, point: Env) -> str:
         """An accumulator's value summed over the lanes of reductions, with the addends."""
         if len(self.sums) == len(self.write.dims) > 0:
-            value = self.result(f"tl.sum({value})")
+            value = self.outcome(f"tl.sum({value})")
         else:
             for dim in self.sums:
-                value = self.result(f"tl.sum({value}, axis={dim}, keep_dims=True)")
+                value = self.outcome(f"tl.sum({value}, axis={dim}, keep_dims=True)")
         for addend in self.nest.addends:
             value = self.add(value, addend, point)
         return value
@@ -312,7 +329,7 @@ class _Printer:
         size = ["batch"] * (None in shape) + [str(math.prod(e for e in shape if e is not None))]
         return self.text.define("shift", " * ".join(["tl.cast(partial, tl.int64)", *size]), 0)
 
-    def result(self, expression: str) -> str:
+    def outcome(self, expression: str) -> str:
         # A name of its own even for an equal text: accumulators change.
         name = self.text.fresh("r")
         self.text.emit(f"{name} = {expression}")
@@ -323,4 +340,4 @@ class _Printer:
         if spot is None:
             return value
         once = self.text.define("m", "partial == 0", 0) if self.nest.partial_loops else ""
-        return self.result(f"{value} + {self.load('b', spot, '', once)}")
+        return self.outcome(f"{value} + {self.load('b', spot, '', once)}")

@@ -70,9 +70,10 @@ def _job(nest: Nest, schedule: Schedule, source: str) -> Job:
     """What is to be compiled for the current device."""
     if not torch.cuda.is_available():
         raise NoCompilerError("Triton has no GPU to compile for; set TRITON_INTERPRET=1 to run without one.")
-    dtype = nest.tensors[0].dtype
-    compute = "float64" if dtype == "float64" else "float32"
-    dtypes = [dtype] * len(nest.operands) + [compute if nest.partial_loops else dtype]
+    result = nest.tensor(nest.output.tensor).dtype
+    compute = "float64" if result == "float64" else "float32"
+    dtypes = [nest.tensor(name).dtype for name in nest.operands]
+    dtypes.append(compute if nest.partial_loops else result)
     with _target_lock:
         found = triton.runtime.driver.active.get_current_target()
     options = {"num_warps": schedule.hint("warps", 4), "num_stages": schedule.hint("stages", 2)}

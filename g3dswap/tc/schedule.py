@@ -14,6 +14,7 @@ lane a block of four columns.  What is packed (`pack`) has axes of its own to sp
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -117,8 +118,7 @@ def apply(nest: Nest, schedule: Schedule) -> Nest:
     """
     staged = {tensor for tensor, _ in schedule.stage}
     try:
-        for axis, count in schedule.pack:
-            nest = packed(nest, axis, count)
+        nest = packed_by(nest, schedule.pack)
         fused = tuple(_fuse(nest, parts, staged, schedule) for parts in schedule.fuse)
         scheduled = replace(nest, fused=fused, loops=(), stages=(), _by_name={})
         loops = _loops(scheduled, schedule)
@@ -126,6 +126,14 @@ def apply(nest: Nest, schedule: Schedule) -> Nest:
         return verify_loops(replace(scheduled, loops=loops, stages=stages, _by_name={}))
     except (NestError, KeyError) as error:
         raise ScheduleError(f"schedule [{schedule}] does not fit nest {nest.name}: {error}") from error
+
+
+@functools.lru_cache(maxsize=256)
+def packed_by(nest: Nest, pack: tuple[tuple[str, int], ...]) -> Nest:
+    """The nest with its axes packed: what the digits of a schedule split."""
+    for axis, count in pack:
+        nest = packed(nest, axis, count)
+    return nest
 
 
 def _fuse(nest: Nest, parts: tuple[str, ...], staged: set[str], schedule: Schedule) -> Fused:

@@ -8,7 +8,6 @@ kernel are unrolled, or steps of one flattened loop around the product, whose lo
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import random
@@ -17,10 +16,9 @@ from dataclasses import dataclass, replace
 
 from ..errors import ScheduleError
 from .nest import Access, Nest
-from .pack import packed
-from .schedule import Digit, Schedule, fused_name
+from .schedule import Digit, Schedule, fused_name, packed_by
 from .space_cpp import phases, reduces
-from .space_triton import WARP, Split, Tile, power, split_reductions
+from .space_triton import BATCH, WARP, Split, Tile, power, split_reductions
 
 MAX_PRODUCTS = 54
 """Matrix products of one unrolled tile: each is some hundred instructions."""
@@ -33,32 +31,38 @@ POSITIONS = (32, 64, 128, 256)
 TYPICAL = 16 * 16 * 128
 """Multiplications of the products by which tiles are compared."""
 WINDOWS = (1, 2, 4, 8)
-STAGES = (2, 3, 4)
+STAGES = (1, 2, 3, 4)
+AHEAD = (0, 2, 4, 8, 16)
+STRAIGHT, LOOPED = (1, 8), (3, 0)
+"""Stages and loads ahead: Triton overlaps the steps of a loop, and what is no loop has to do without."""
 
 Side = tuple[tuple[str, ...], int]
+Packs = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class Product:
     """rows, cols, depth: the axes that each runs along, flattened, and how many steps of them.
     pack:  blocks of a batch axis.  tile: unroll counts; of an axis of a side, the block of each row.
-    split: reductions whose outer digit is on the grid, and how many steps of them a program makes."""
+    split: reductions whose outer digit is on the grid, and how many steps of them a program makes.
+    stages, ahead: how far ahead Triton begins the loads of a loop, and the printer those of a product."""
 
     rows: Side
     cols: Side
     depth: Side
-    pack: tuple[tuple[str, int], ...]
+    pack: Packs
     tile: Tile
     split: Split
     warps: int
     stages: int
+    ahead: int
 
     @property
     def sides(self) -> dict[str, Side]:
         return {"rows": self.rows, "cols": self.cols, "depth": self.depth}
 
     def schedule(self, nest: Nest) -> Schedule:
-        whole = pack(nest, self.pack)
+        whole = packed_by(nest, self.pack)
         groups = [axes for axes, _ in self.sides.values()]
         own = {a for axes in groups for a in axes}
         counts, split = dict(self.tile), dict(self.split)
@@ -76,8 +80,20 @@ class Product:
         digits += [Digit(fused_name(axes), count, bind) for bind, (axes, count) in self.sides.items()]
         blocks = {**{a: p for a, p in phases(whole).items() if a not in own}, **_blocks(self.tile, own)}
         digits += [Digit(a, c, "unroll", True) for a, c in blocks.items()]
-        hints = (("stages", self.stages), ("warps", self.warps))
+        hints = (("ahead", self.ahead), ("stages", self.stages), ("warps", self.warps))
         return Schedule(tuple(digits), tuple(g for g in groups if len(g) > 1), (), hints, self.pack)
+
+    def loops(self, nest: Nest) -> bool:
+        """Whether there is a loop around the product, of more than one step; `nest` is the packed one."""
+        counts, split = dict(self.tile), dict(self.split)
+        own = {fused_name(axes): (axes, count) for axes, count in self.sides.values()}
+        inside = {a for axes, _ in self.sides.values() for a in axes}
+        for name in {*own, *(a.name for a in nest.axes if a.name not in inside)}:
+            axes, width = own.get(name, ((name,), 1))
+            steps = math.prod(-(-(nest.extent(a) or BATCH) // counts.get(a, 1)) for a in axes)
+            if reduces(nest, name) and split.get(name, -(-steps // width)) > 1:
+                return True
+        return False
 
     @classmethod
     def of(cls, schedule: Schedule) -> Product:
@@ -93,10 +109,9 @@ class Product:
         tile = tuple((d.axis, d.count or 1) for d in unrolled if not d.phase or d.axis in own)
         steps = {d.axis: d.count or 1 for d in schedule.digits if d.bind == "serial"}
         grid = tuple((d.axis, steps.get(d.axis, 1)) for d in schedule.digits if d.bind == "grid")
-        warps, stages = schedule.hint("warps", 4), schedule.hint("stages", 2)
-        return cls(
-            sides["rows"], sides["cols"], sides["depth"], schedule.pack, tile, grid, warps, stages
-        )  # fmt: skip
+        hints = (schedule.hint("warps", 4), schedule.hint("stages", 2), schedule.hint("ahead", 0))
+        rows, cols, depth = sides["rows"], sides["cols"], sides["depth"]
+        return cls(rows, cols, depth, schedule.pack, tile, grid, *hints)
 
 
 def _group(groups: list[tuple[str, ...]], axis: str) -> tuple[str, ...]:
@@ -105,13 +120,6 @@ def _group(groups: list[tuple[str, ...]], axis: str) -> tuple[str, ...]:
 
 def _blocks(tile: Tile, own: set[str]) -> dict[str, int]:
     return {a: c for a, c in tile if a in own}
-
-
-@functools.lru_cache(maxsize=64)
-def pack(nest: Nest, packs: tuple[tuple[str, int], ...]) -> Nest:
-    for axis, count in packs:
-        nest = packed(nest, axis, count)
-    return nest
 
 
 def is_product(schedule: Schedule) -> bool:
@@ -169,7 +177,7 @@ def _roles(nest: Nest) -> _Roles:
     return _Roles(own, mine, both, "image" if shifted & set(own) else "depth")
 
 
-def packings(nest: Nest) -> list[tuple[tuple[str, int], ...]]:
+def packings(nest: Nest) -> list[Packs]:
     """No packing, and blocks of the batch axis that make its channels a side of a product."""
     image, other = _image(nest)
     shared = image.axes & other.axes & nest.output.axes
@@ -177,7 +185,7 @@ def packings(nest: Nest) -> list[tuple[tuple[str, int], ...]]:
     roles = _roles(nest)
     channels = [roles.other, roles.depth if roles.at == "image" else roles.image]
     wide = max(math.prod(nest.extent(a) or 1 for a in axes) for axes in channels)
-    found: list[tuple[tuple[str, int], ...]] = [()] if wide >= LEAST or not batch else []
+    found: list[Packs] = [()] if wide >= LEAST or not batch else []
     for axis in batch[:1]:
         for count in (2, 4, 8, 16, 32, 64):
             if (axis.extent or 1) % count == 0 and LEAST <= count * wide <= MOST:
@@ -191,13 +199,14 @@ def families(nest: Nest) -> Iterator[tuple[list[Product], list[Product]]]:
         return
     for packs in packings(nest):
         try:
-            whole = pack(nest, packs)
+            whole = packed_by(nest, packs)
         except ScheduleError:
             continue
         roles = _roles(whole)
         if not all((roles.image, roles.other, roles.depth)):
             continue
-        for positions in _runs(whole, roles.image if roles.at == "image" else roles.depth):
+        runs = _runs(whole, roles.image if roles.at == "image" else roles.depth)
+        for positions in runs:
             products = list(_products(whole, roles, packs, positions))
             typical: dict[Tile, Product] = {}
             for product in products:
@@ -215,9 +224,7 @@ def _runs(nest: Nest, axes: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [tuple(long[start:]) for start in range(len(long))]
 
 
-def _products(
-    nest: Nest, roles: _Roles, packs: tuple[tuple[str, int], ...], positions: tuple[str, ...]
-) -> Iterator[Product]:
+def _products(nest: Nest, roles: _Roles, packs: Packs, positions: tuple[str, ...]) -> Iterator[Product]:
     blocks = tuple((a, p) for a, p in phases(nest).items() if a in positions)
     steps = math.prod(-(-(nest.extent(a) or 1) // dict(blocks).get(a, 1)) for a in positions)
     most = max(LEAST, power(steps, POSITIONS[-1]))
@@ -232,7 +239,8 @@ def _products(
             for warps, split in itertools.product(
                 _warps(nest, rows, cols, tile), _splits(nest, (rows, cols, depth), tile)
             ):
-                yield Product(rows, cols, depth, packs, tile, split, warps, STAGES[1])
+                product = Product(rows, cols, depth, packs, tile, split, warps, *STRAIGHT)
+                yield replace(product, stages=LOOPED[0], ahead=LOOPED[1]) if product.loops(nest) else product
 
 
 def _channels(nest: Nest, axes: tuple[str, ...]) -> list[Side]:
@@ -306,7 +314,7 @@ def mutate(nest: Nest, product: Product, rng: random.Random) -> Product:
         count = max(LEAST, min(512, count * 2 if rng.random() < 0.5 else count // 2))
         rows, cols, depth = ((axes, count) if b == bind else side for b, side in product.sides.items())
         return replace(product, rows=rows, cols=cols, depth=depth)
-    whole = pack(nest, product.pack)
+    whole = packed_by(nest, product.pack)
     if choice == 1:
         roles = _roles(whole)
         positions = next(
@@ -324,4 +332,4 @@ def mutate(nest: Nest, product: Product, rng: random.Random) -> Product:
         return replace(product, split=rng.choice([*options, halved, doubled]))
     if choice == 3:
         return replace(product, warps=rng.choice((1, 2, 4, 8)))
-    return replace(product, stages=rng.choice(STAGES))
+    return replace(product, stages=rng.choice(STAGES), ahead=rng.choice(AHEAD))

@@ -1,0 +1,56 @@
+"""The second stage of a reduction that is split over the grid: its partial results are summed by a nest too.
+
+PyTorch's sum and the conversion of its result take two launches and, for some thousand numbers, several times
+as long as the reduction itself; this takes one, and adds in a fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from .lower import lower
+from .nest import Nest
+from .parser import parse
+from .schedule import Digit, Schedule
+
+TOTAL = """
+def total(float(N,S,E) P) -> (O) {
+  O(i) +=! P(n,s,i)
+}
+"""
+LANES = 64
+PARTS = 8
+"""Partial results that are added at a time, by lanes beside each other."""
+
+
+def total(nest: Nest) -> tuple[Nest, Schedule] | None:
+    """The nest that sums the partial results of a scheduled one, and a schedule of it for Triton.
+
+    None: there are none, or the batch is not the outermost of them, so that no strides are fixed.
+    """
+    loops = [nest.loops[i] for i in nest.partial_loops]
+    counts = [loop.count for loop in loops]
+    if not counts or None in counts[1:]:
+        return None
+    batched = counts[0] is None
+    known = math.prod(c for c in counts if c is not None)
+    result = nest.tensor(nest.output.tensor)
+    elements = math.prod(e for e in result.shape if e is not None)
+    if None in result.shape:
+        return None
+    sizes = {"S": known, "E": elements, **({} if batched else {"N": 1})}
+    strides = {"P": (known * elements, elements, 1), "O": (1,)}
+    dtype = "float64" if result.dtype == "float64" else "float32"
+    made = lower(parse(TOTAL), sizes, strides, dtype, batch="N" if batched else None)
+    tensors = tuple(replace(t, dtype=result.dtype) if t.name == "O" else t for t in made.tensors)
+    lanes, parts = min(LANES, _cover(elements)), min(PARTS, _cover(known))
+    digits = [Digit("i", None, "grid"), Digit("n", None, "serial"), Digit("s", None, "serial")]
+    digits += [Digit("s", parts, "lanes"), Digit("i", lanes, "lanes")]
+    warps = max(1, lanes * parts // 256)
+    return replace(made, tensors=tensors, _by_name={}), Schedule(tuple(digits), (), (), (("warps", warps),))
+
+
+def _cover(extent: int) -> int:
+    """The power of two that covers an extent."""
+    return 1 << (extent - 1).bit_length()
