@@ -10,7 +10,6 @@ warning.
 from __future__ import annotations
 
 import json
-import math
 import random
 import threading
 import time
@@ -28,6 +27,7 @@ from . import ranks
 from .choice import Choice, Record
 from .comprehensions import nest
 from .errors import ArgumentError, G3DSwapWarning, NoCompilerError, ScheduleError
+from .nearest import similar
 from .problem import Problem
 from .progress import Bar
 from .remote import opened
@@ -44,10 +44,8 @@ CONFIGS = {"quick": TunerConfig.quick, "full": TunerConfig.full}
 MIN_SPEEDUP = 1.05
 BUILD_SECONDS = 60.0  # for a kernel that is known to be worth building
 PATIENCE = 120.0  # seconds that a rank waits for another's choice, beside five times the budget
-NEAR_FIELDS = ("size", "threads", "compiler", "generator")  # of the key, in which a nearest entry may differ
 NOTHING_BUILT = {"compile-error", "compile-timeout", "illegal"}
 # of the trials' categories: what says more about the compiler or the load than about the kernels
-NEAR_FACTOR = 8.0  # the ratio of the image volumes up to which one size tells something about another
 
 
 @dataclass(frozen=True)
@@ -356,7 +354,8 @@ class Chooser:
                 budget = self.budget(problem)
                 left = max(budget.seconds - (time.monotonic() - began), 0.6 * budget.seconds)
                 config = replace(budget, seconds=left)
-                seeds = [Schedule.from_json(before.schedule)] if before and before.schedule else []
+                known = [before] if before else [record for _, record in self._similar(problem)]
+                seeds = [Schedule.from_json(r.schedule) for r in known if r.schedule]
                 rng = random.Random(json.dumps(key, sort_keys=True))
                 result = tune(workload, config, rng, partial(self.bar.update, name), seeds)
         except NoCompilerError:
@@ -377,21 +376,20 @@ class Chooser:
         choice = self._verdict(problem, record, "tuned", what, here)
         return choice or native(problem, f"{what}, but its kernel fails here", record.native_seconds)
 
+    def _similar(self, problem: Problem) -> list[tuple[Entry, Record]]:
+        """What was tuned for the most similar problems."""
+        found = [(entry, self._record(entry, problem)) for entry in similar(self.cache, self.key(problem))]
+        return [(entry, record) for entry, record in found if record]
+
     def _nearest(self, problem: Problem) -> Choice | None:
-        """The choice for the most similar image size that was tuned, or under other versions."""
-        key = self.key(problem)
-        entries = [e for e in self.cache.near(key, NEAR_FIELDS) if e.key != key]
-        ranked = sorted(
-            ((_distance(e.key, key), json.dumps(e.key), e) for e in entries), key=lambda item: item[:2]
-        )
-        for distance, _, entry in ranked[:3]:
-            record = self._record(entry, problem)
-            if record is None or distance[1] > math.log(NEAR_FACTOR):
-                continue
+        """The choice for the most similar problem that was tuned."""
+        for entry, record in self._similar(problem):
             size = "x".join(map(str, entry.key["size"]))
-            choice = self._verdict(problem, record, "nearest", f"tuned at size {size}, batch {record.batch}")
+            where = f"on {entry.key['device_name']} at size {size}, {entry.key['dtype']}"
+            what = f"tuned {where}, batch {record.batch}"
+            choice = self._verdict(problem, record, "nearest", what)
             if choice:
-                self._advise(f"{problem} has no tuned options, and those of the nearest size {size} are used")
+                self._advise(f"{problem} has no tuned options, and the nearest are used, {what}")
                 return choice
         return None
 
@@ -429,12 +427,6 @@ def native(problem: Problem, reason: str, native_seconds: float | None = None) -
 def _effort(record: Record) -> int:
     """What a record is worth; one that was cut short serves only those who would not tune."""
     return 0 if record.interrupted else EFFORTS[record.effort]
-
-
-def _distance(a: dict[str, Any], b: dict[str, Any]) -> tuple[int, float]:
-    """How far two keys are apart: in how many fields beside the size, then how far the sizes are."""
-    fields = sum(a.get(name) != b.get(name) for name in NEAR_FIELDS if name != "size")
-    return fields, sum(abs(math.log(x / y)) for x, y in zip(a["size"], b["size"]))
 
 
 def _warn(topic: str, message: str) -> None:

@@ -409,7 +409,8 @@ def test_the_nearest_size_serves_after_a_check(world: World, cache: Cache) -> No
     world.seconds = {-1: 3.0, 6: 1.0}
     chooser(cache).choose(sized(9, 9, 9))
     world.built.clear()
-    with pytest.warns(G3DSwapWarning, match=r"nearest size 9x9x9.*g3dswap tune") as said:
+    message = r"the nearest are used, tuned on .* at size 9x9x9, float32, batch 1; run .g3dswap tune"
+    with pytest.warns(G3DSwapWarning, match=message) as said:
         choice = again(cache).choose(sized(10, 9, 8))
     assert choice.source == "nearest" and choice.schedule == schedule(6).to_json() and world.built == [6]
     assert choice.seconds is None and "3.00x" in choice.reason and len(said) == 1
@@ -438,7 +439,7 @@ def test_where_pytorch_won_nearby_it_is_chosen(world: World, cache: Cache) -> No
     chooser(cache).choose(PROBLEM)
     with pytest.warns(G3DSwapWarning):
         choice = again(cache).choose(sized(6, 6, 6))
-    assert choice.is_native and "tuned at size 5x6x7" in choice.reason
+    assert choice.is_native and "at size 5x6x7, float32" in choice.reason
 
 
 def test_another_geometry_is_no_nearest(world: World, cache: Cache) -> None:
@@ -446,6 +447,47 @@ def test_another_geometry_is_no_nearest(world: World, cache: Cache) -> None:
     other = replace(PROBLEM, geometry=replace(GEOMETRY, dilation=(2, 1, 1)))
     with pytest.warns(G3DSwapWarning, match="PyTorch's own kernel is used"):
         assert again(cache).choose(other).is_native
+
+
+def moved(cache: Cache, **fields: Any) -> None:
+    """Let what was tuned be of another device or dtype."""
+    for entry in cache.entries():
+        cache.put({**entry.key, **fields}, entry.value)
+    cache.prune(lambda entry: any(entry.key[name] != value for name, value in fields.items()))
+
+
+def test_the_same_size_on_a_similar_device_is_nearer_than_another_size(world: World, cache: Cache) -> None:
+    world.seconds = {-1: 3.0, 6: 1.0}
+    chooser(cache).choose(PROBLEM)
+    moved(cache, device_name="A similar one")
+    world.seconds = {-1: 3.0, 5: 1.0}
+    chooser(cache).choose(sized(5, 6, 8))
+    with pytest.warns(G3DSwapWarning, match="tuned on A similar one at size 5x6x7"):
+        choice = again(cache).choose(PROBLEM)
+    assert choice.source == "nearest" and choice.schedule == schedule(6).to_json()
+
+
+def test_a_device_of_another_capability_is_not_similar(world: World, cache: Cache) -> None:
+    chooser(cache).choose(PROBLEM)
+    moved(cache, device_name="Another", capability="of another")
+    with pytest.warns(G3DSwapWarning, match="PyTorch's own kernel is used"):
+        assert again(cache).choose(PROBLEM).is_native
+
+
+def test_one_half_type_takes_what_was_tuned_for_the_other(world: World, cache: Cache) -> None:
+    chooser(cache).choose(replace(PROBLEM, dtype=torch.bfloat16))
+    with pytest.warns(G3DSwapWarning, match="at size 5x6x7, bfloat16"):
+        assert again(cache).choose(replace(PROBLEM, dtype=torch.float16)).source == "nearest"
+    with pytest.warns(G3DSwapWarning, match="PyTorch's own kernel is used"):
+        assert again(cache).choose(PROBLEM).is_native
+
+
+def test_tuning_starts_from_what_was_tuned_for_similar_problems(world: World, cache: Cache) -> None:
+    world.seconds = {-1: 3.0, 6: 1.0}
+    chooser(cache).choose(sized(9, 9, 9))
+    world.built.clear()
+    again(cache, "quick").choose(sized(8, 8, 8))
+    assert world.built[0] == 6
 
 
 def test_shipped_options_come_after_the_users(world: World, tmp_path: Path) -> None:
