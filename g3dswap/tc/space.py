@@ -16,6 +16,7 @@ from .nest import Nest
 from .print_cpp import print_cpp
 from .print_triton import print_triton
 from .schedule import Digit, Schedule, apply
+from .space_product import is_product
 
 CLIMBS = 6
 """Families of C++ schedules whose tiles are worked out; the model puts the others far behind."""
@@ -25,6 +26,9 @@ TILES = 300
 
 LEADERS = 6
 """Those of them that are tried with all counts of lanes."""
+
+SHARE = 4
+"""Of so many ranked schedules, at least one is a matrix product and one is none, where there are both."""
 
 A_FAMILY = {"cpp": 2, "triton": 6}
 """Most schedules of one family among the ranked ones, so that a wrong model cannot hide the right family."""
@@ -52,7 +56,7 @@ class Space:
             if self.target == "cpp":
                 return cost_cpp(scheduled, self.threads)
             warps = schedule.hint("warps", 4)
-            if space_product.is_product(schedule):
+            if is_product(schedule):
                 return model_product.cost(scheduled, warps, schedule.hint("stages", 2))
             return model_triton.cost(scheduled, warps)
         except ScheduleError:
@@ -114,7 +118,11 @@ class Space:
             (pair for f in self._families for pair in _diverse(f)[: A_FAMILY[self.target]]),
             key=lambda p: (p[0], str(p[1])),
         )
-        return [schedule for _, schedule in pairs[:limit]]
+        kinds = [[s for _, s in pairs if is_product(s) == kind] for kind in (True, False)]
+        ranks = {schedule: rank for rank, (_, schedule) in enumerate(pairs)}
+        # The models of products and of the others are two, and a product in TF32 may not be exact enough.
+        places = {s: min(ranks[s], SHARE * rank) for kind in kinds for rank, s in enumerate(kind)}
+        return sorted(ranks, key=lambda s: (places[s], ranks[s]))[:limit]
 
     def mutate(self, schedule: Schedule, rng: random.Random) -> Schedule:
         """A legal schedule that differs from this one in a choice or two, or the schedule itself."""
@@ -152,7 +160,7 @@ class Space:
     def _vary(self, schedule: Schedule, rng: random.Random) -> Schedule:
         if self.target == "cpp":
             return space_cpp.mutate(self.nest, space_cpp.Point.of(schedule), rng).schedule(self.nest)
-        if space_product.is_product(schedule):
+        if is_product(schedule):
             product = space_product.Product.of(schedule)
             return space_product.mutate(self.nest, product, rng).schedule(self.nest)
         return space_triton.mutate(self.nest, space_triton.Point.of(schedule), rng).schedule(self.nest)
