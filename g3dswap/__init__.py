@@ -7,11 +7,18 @@ layers replaced by `Grouped3D` and its grouped ``nn.ConvTranspose3d`` ones by `G
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .convert import convert, inspect, revert, use_plan
+from .endtoend import measure_steps
 from .module import Grouped3D, Grouped3DTranspose
 from .plan import save_plan
 from .report import Report, report
 from .verify import Verification, verify
+
+if TYPE_CHECKING:
+    from .page import save_report
 
 __version__ = "0.1.0"
 
@@ -22,9 +29,18 @@ __all__ = [
     "Verification",
     "convert",
     "inspect",
+    "measure_steps",
     "report",
     "revert",
     "save_plan",
+    "save_report",
     "use_plan",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # It imports matplotlib: half a second, which processes that compile and time kernels need not spend.
+    if name == "save_report":
+        return importlib.import_module(".page", __name__).save_report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,7 @@ from g3dswap import checkpoint, containers, program, ranks
 from g3dswap.bench.command import bench
 from g3dswap.cache_commands import cache
 from g3dswap.checkpoint import Checkpoint
+from g3dswap.endtoend import measure_steps
 from g3dswap.errors import ArgumentError
 from g3dswap.options import (
     EXIT_CODES,
@@ -27,13 +28,16 @@ from g3dswap.options import (
     cache_option,
     clean_stdout,
     emit,
+    end_to_end_option,
     force_option,
     json_option,
     print_table,
+    report_option,
     shape_options,
     source_options,
     tuning_options,
 )
+from g3dswap.page import check_path, save_report
 from g3dswap.program import Program
 from g3dswap.report import Report
 from g3dswap.show_commands import env, show
@@ -57,20 +61,51 @@ for _command in (bench, cache, show, env):
 @click.argument("file", type=PATH, required=False)
 @source_options
 @cache_option
+@end_to_end_option
+@report_option
+@force_option
 @json_option
-def inspect(file: Path | None, source: Source, cache: Path | None, as_json: bool) -> None:
+def inspect(
+    file: Path | None,
+    source: Source,
+    cache: Path | None,
+    end_to_end: bool,
+    report_file: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Show what a conversion would do; changes nothing.
 
-    Without --arch, list what the weights in FILE tell.
+    Without --arch, list what the weights in FILE tell. With --end-to-end, time the model's steps and say what
+    its grouped convolutions take of them: how much there is to gain.
     """
+    if report_file:
+        check_path(report_file, force=force)
     stored = source.read(file) if file else None
+    _check_end_to_end(end_to_end, source, stored)
     if isinstance(stored, Checkpoint) and not source.arch and not (stored.module or stored.bundle):
+        if report_file:
+            raise click.UsageError("Weights alone give no report: name what builds the model with --arch.")
         _list_weights(stored, as_json)
         return
     with clean_stdout():
         model, _ = source.model(stored)
-        report = _completed(stored, g3dswap.inspect(model, source.example_inputs(model), cache=cache))
+        inputs = source.example_inputs(model)
+        report = _completed(stored, g3dswap.inspect(model, inputs, cache=cache))
+        if end_to_end:
+            report = replace(report, steps=measure_steps(model, inputs))
+    if report_file:
+        save_report(report, report_file, force=force)
     emit(report.to_dict(), str(report), as_json)
+
+
+def _check_end_to_end(wanted: bool, source: Source, stored: Stored | None) -> None:
+    if wanted and isinstance(stored, Program):
+        raise click.UsageError(
+            "A program is not run, so that it has no steps to time: leave --end-to-end out."
+        )
+    if wanted and not source.inputs:
+        raise click.UsageError("Steps are timed on inputs: give their shapes with --input.")
 
 
 def _completed(stored: Stored | None, report: Report) -> Report:
@@ -113,6 +148,8 @@ def _list_weights(stored: Checkpoint, as_json: bool) -> None:
     help="Compare with float64 each swapped layer, which stays as it was if it fails, or the whole model "
     "too, where a failure writes nothing.",
 )
+@end_to_end_option
+@report_option
 @force_option
 @json_option
 def convert(
@@ -121,6 +158,8 @@ def convert(
     source: Source,
     tuning: dict[str, Any],
     verify: str,
+    end_to_end: bool,
+    report_file: Path | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -132,7 +171,12 @@ def convert(
     plan = output.with_suffix(".plan.json")
     for path in (output, plan):
         containers.check_output(path, force=force)
+    if report_file:
+        check_path(report_file, force=force)
+        if report_file.resolve() in (output.resolve(), plan.resolve()):
+            raise click.UsageError(f"{report_file} is what the conversion writes; name another --report.")
     stored = source.read(file)
+    _check_end_to_end(end_to_end, source, stored)
     if not source.has_shapes(stored) and (verify == "model" or not tuning["plan"]):
         raise click.UsageError("Kernels are tuned for shapes: give the model's with --input, or a --plan.")
     if isinstance(stored, Program) and verify == "model":
@@ -147,10 +191,16 @@ def convert(
         fast = g3dswap.convert(model, inputs, **options)
         if verify == "model":
             g3dswap.verify(model, fast, inputs).check()
+        if end_to_end:
+            measure_steps(fast, inputs)
     report = _completed(stored, g3dswap.report(fast))
     _write_both(output, plan, fitted or stored, fast.to("cpu"), force)
+    written = [str(output), str(plan)]
+    if report_file:
+        save_report(report, report_file, force=force)
+        written.append(str(report_file))
     data = {**report.to_dict(), "output": str(output), "plan": str(plan)}
-    emit(data, f"{report}\nWrote {output} and {plan}.", as_json)
+    emit(data, f"{report}\nWrote {', '.join(written[:-1])} and {written[-1]}.", as_json)
 
 
 def _write_both(output: Path, plan: Path, stored: Stored, fast: nn.Module, force: bool) -> None:

@@ -26,7 +26,7 @@ from g3dswap.layercheck import check_layer
 from g3dswap.module import GROUPED, Conv, Grouped
 from g3dswap.plan import Plan, forget_choices, keep_choices, read_plan
 from g3dswap.problem import Problem
-from g3dswap.report import Report, forget, store
+from g3dswap.report import Report, forget, machine, store
 from g3dswap.selection import Selection, check_model, select
 from g3dswap.trace import Trace, trace
 
@@ -381,6 +381,7 @@ def _report(
     seconds: float,
 ) -> Report:
     entries = [decision.entry for decision in decisions]
+    kinds = {site.module.weight.device.type for site in selection.sites}
     return Report(
         kind=kind,
         swapped=[entry for entry in entries if isinstance(entry, Swapped)],
@@ -389,4 +390,5 @@ def _report(
         functional=merge_functional(traced.functional, shapes.functional),
         untraced=list(traced.untraced),
         tuning_seconds=seconds,
+        machine=machine(kinds),
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from g3dswap.rounds import Times
+
 ROOT = "(model)"
 """How the root module, whose qualified name is empty, is called in reports and messages."""
 
@@ -174,7 +176,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Functional:
-    """A call of a convolution function with groups > 1 inside a forward; such a call is not replaced."""
+    """A call of a convolution function with groups > 1 inside a forward."""
 
     name: str
     """The module whose forward makes the call."""
@@ -184,6 +186,15 @@ class Functional:
     """``file:line`` of the call, where known."""
     shape: tuple[int, ...] = ()
     """Shape of its input, where example inputs showed it."""
+    converted: bool = False
+    """The chosen kernels run it (with ``functional=True``)."""
+    reason: str = ""
+    """Why it is not converted although that was asked for, or why there are no choices yet."""
+    geometry: Layer | None = None
+    """What it computes, where example inputs showed it."""
+    calls: tuple[Call, ...] = ()
+    verified: bool | None = None
+    """As of a swapped layer."""
 
 
 @dataclass(frozen=True)
@@ -194,3 +205,41 @@ class Untraced:
     reason: str
     layers: int = 0
     """How many grouped layers inside it were taken from the module tree."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kind of step of the whole model, timed before and after the conversion."""
+
+    kind: str
+    """``training``: forward and backward, without an optimizer; ``inference``: forward without gradients."""
+    before: Times
+    after: Times | None
+    """None where the model is not converted."""
+    grouped_before: float
+    """Seconds of a step that 3D convolutions with groups > 1 take, whoever calls them."""
+    grouped_after: float | None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Step:
+        """The inverse of ``dataclasses.asdict``; what else there is follows from it."""
+        before = Times(**data["before"])
+        after = None if data["after"] is None else Times(**data["after"])
+        return cls(data["kind"], before, after, data["grouped_before"], data["grouped_after"])
+
+    @property
+    def speedup(self) -> float | None:
+        """The step's time before over the one after; None where the model is not converted."""
+        return None if self.after is None else self.before.seconds / self.after.seconds
+
+    @property
+    def share_before(self) -> float:
+        """The grouped convolutions' part of the step before the conversion."""
+        return min(1.0, self.grouped_before / self.before.seconds)
+
+    @property
+    def share_after(self) -> float | None:
+        """Their part of it afterwards."""
+        if self.after is None or self.grouped_after is None:
+            return None
+        return min(1.0, self.grouped_after / self.after.seconds)

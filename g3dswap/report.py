@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -27,17 +28,30 @@ from g3dswap.entries import (
     Layer,
     PassChoice,
     Skipped,
+    Step,
     Swapped,
     Untraced,
 )
 from g3dswap.errors import ArgumentError
 from g3dswap.module import Grouped
-from g3dswap.problem import DIRECTIONS
+from g3dswap.problem import DIRECTIONS, device_facts
+from g3dswap.quantities import duration, percent
+from g3dswap.shapes import (
+    Row,
+    gathered,
+    of_call,
+    of_pytorch,
+    of_untraced,
+    pass_name,
+    printable,
+    rows,
+    source,
+)
 
 ATTRIBUTE = "_g3dswap_report"
 """Name of the attribute of the converted root module that holds ``Report.to_dict()``."""
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -52,15 +66,32 @@ class Report:
     functional: list[Functional] = field(default_factory=list)
     untraced: list[Untraced] = field(default_factory=list)
     tuning_seconds: float = 0.0
+    steps: tuple[Step, ...] = ()
+    """Whole steps of the model, where ``measure_steps`` timed them."""
+    machine: str = ""
+    """The devices and versions that it was made on."""
+
+    @property
+    def rows(self) -> list[Row]:
+        """One for each distinct shape, of swapped and kept layers and of function calls."""
+        return rows(self.swapped, self.kept, self.functional)
+
+    @property
+    def headline(self) -> str:
+        """The whole in one sentence."""
+        return _headline(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dictionaries, strings and numbers, fit for ``json.dumps``."""
         data = {"schema": SCHEMA, **asdict(self)}
-        for item in [*data["swapped"], *data["kept"]]:
+        for item in [*data["swapped"], *data["kept"], *data["functional"]]:
             for call in item["calls"]:
                 for choice in call["passes"]:
                     ours = PassChoice(**choice)
                     choice["speedup"] = ours.speedup
+        for item, step in zip(data["steps"], self.steps):
+            item["speedup"] = step.speedup
+            item["share_before"], item["share_after"] = step.share_before, step.share_after
         plain: dict[str, Any] = _plain(data)
         return plain
 
@@ -80,6 +111,8 @@ class Report:
             functional=[Functional(**_revive(item)) for item in data["functional"]],
             untraced=[Untraced(**_revive(item)) for item in data["untraced"]],
             tuning_seconds=float(data["tuning_seconds"]),
+            steps=tuple(Step.from_dict(item) for item in data["steps"]),
+            machine=data["machine"],
         )
 
     def __str__(self) -> str:
@@ -100,7 +133,7 @@ def _revive(item: Mapping[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for key, value in item.items():
         if key == "geometry":
-            arguments[key] = Layer.from_dict(value)
+            arguments[key] = None if value is None else Layer.from_dict(value)
         elif key == "calls":
             # The speed-up is there for readers of the JSON; here it is a property.
             arguments[key] = tuple(Call.from_dict(_without_speedups(call)) for call in value)
@@ -115,6 +148,16 @@ def _without_speedups(call: Mapping[str, Any]) -> dict[str, Any]:
     known = {item.name for item in fields(PassChoice)}
     passes = [{key: value for key, value in choice.items() if key in known} for choice in call["passes"]]
     return {**call, "passes": passes}
+
+
+def machine(kinds: Collection[str]) -> str:
+    """The devices of these kinds (``cpu``, ``cuda``) and PyTorch's version, as a report states them."""
+    facts = [device_facts(kind) for kind in ("cuda", "cpu") if kind in kinds]
+    names = [
+        f"{it['device_name']}, {it['threads']} threads" if "threads" in it else it["device_name"]
+        for it in facts
+    ]
+    return ", ".join([*names, f"PyTorch {torch.__version__}"]) if names else ""
 
 
 def store(model: nn.Module, report: Report) -> None:
@@ -172,29 +215,57 @@ def _lines(report: Report) -> list[str]:
     """The whole text, without trailing blanks."""
     done = report.kind == "converted"
     parts = [textwrap.fill(_headline(report), _width())]
-    if report.swapped:
-        parts.append(_block("Swapped" if done else "Would be swapped", _swapped_table(report.swapped)))
-    if report.kept:
-        rows = _grouped((item, f"{item.geometry}\n{item.reason}") for item in report.kept)
-        title = "Kept as they were" if done else "Would be kept as they are"
-        parts.append(_block(title, _two_columns("layers", "because", rows)))
-    if report.skipped:
-        rows = _grouped((item, f"{item.kind}: {item.reason}") for item in report.skipped)
-        parts.append(_block("Skipped", _two_columns("layers", "because", rows)))
-    if report.functional:
-        rows = [(item.name, _functional(item)) for item in report.functional]
-        title = "Function calls with groups > 1, not replaced (a layer in their place would be)"
-        parts.append(_block(title, _two_columns("inside", "call", rows)))
-    if report.untraced:
-        rows = [(item.name, _untraced(item)) for item in report.untraced]
-        title = "Not traceable by torch.fx; layers found in the module tree instead"
-        parts.append(_block(title, _two_columns("part", "because", rows)))
+    if report.machine:
+        parts.append(textwrap.fill(printable(report.machine), _width()))
+    if report.steps:
+        parts.append(_block(STEPS, _step_table(report.steps)))
+    for outcome, title in (
+        ("swapped", "Swapped" if done else "Would be swapped"),
+        ("converted", "Function calls that are converted"),
+    ):
+        found = [row for row in report.rows if row.outcome == outcome]
+        if found:
+            parts.append(_block(title, _pass_table(found)))
+    for title, left, right, cells in remainders(report):
+        parts.append(_block(title, _two_columns(left, right, cells)))
     return [line.rstrip() for part in parts for line in part.splitlines()]
+
+
+STEPS = "Steps of the model (training: forward and backward; inference: forward without gradients)"
+STEP_COLUMNS = ("step", "before", "after", "speed-up", "share of grouped convolutions")
+
+
+def remainders(report: Report) -> Iterator[tuple[str, str, str, list[tuple[str, str]]]]:
+    """What is not swapped, and why: a title, the names of two columns, and their cells."""
+    done = report.kind == "converted"
+    if report.kept:
+        cells = gathered(
+            (item, "\n".join([str(item.geometry), *map(of_pytorch, item.calls), item.reason]))
+            for item in report.kept
+        )
+        yield "Kept as they were" if done else "Would be kept as they are", "layers", "because", cells
+    if report.skipped:
+        cells = gathered((item, f"{item.kind}: {item.reason}") for item in report.skipped)
+        yield "Skipped", "layers", "because", cells
+    if report.functional:
+        cells = [(item.name, of_call(item)) for item in report.functional]
+        asked = any(item.converted or item.reason for item in report.functional)
+        title = "Function calls with groups > 1"
+        yield (
+            title if asked else f"{title}, not converted: that takes functional=True",
+            "inside",
+            "call",
+            cells,
+        )
+    if report.untraced:
+        cells = [(item.name, of_untraced(item)) for item in report.untraced]
+        yield "Not traceable by torch.fx; layers found in the module tree instead", "part", "because", cells
 
 
 def _headline(report: Report) -> str:
     total = len(report.swapped) + len(report.kept) + len(report.skipped)
-    if not total:
+    converted = sum(item.converted for item in report.functional)
+    if not total and not converted:
         return "g3dswap: no 3D convolution layer with groups > 1 in this model, nothing to swap."
     done = "swapped" if report.kind == "converted" else "would be swapped"
     layers = "layer" if total == 1 else "layers"
@@ -202,6 +273,8 @@ def _headline(report: Report) -> str:
         f"g3dswap: {len(report.swapped)} of {total} grouped {layers} {done}, "
         f"{len(report.kept)} kept, {len(report.skipped)} skipped"
     )
+    if converted:
+        text += f", {converted} function call{'s' if converted > 1 else ''} converted"
     if report.tuning_seconds >= 0.1:
         text += f"; choosing kernels took {report.tuning_seconds:.1f} s"
     return text + "."
@@ -218,87 +291,73 @@ def _width() -> int:
     return min(max(shutil.get_terminal_size((80, 24)).columns, _MINIMUM_WIDTH), _MAXIMUM_WIDTH)
 
 
-def _two_columns(left: str, right: str, rows: Iterable[tuple[str, str]]) -> Table:
+def _text(cell: str) -> Text:
+    """Text, not str: names such as "[0]" are not console markup."""
+    return Text(printable(cell))
+
+
+def _two_columns(left: str, right: str, cells: Iterable[tuple[str, str]]) -> Table:
     table = Table(box=box.ASCII2, show_lines=True)
     table.add_column(left, ratio=2, overflow="fold")
     table.add_column(right, ratio=5, overflow="fold")
-    for row in rows:
-        # Text, not str: names such as "[0]" are not console markup.
-        table.add_row(*(Text(cell) for cell in row))
+    for row in cells:
+        table.add_row(*map(_text, row))
     table.expand = True
     return table
 
 
-def _grouped(items: Iterable[tuple[Kept | Skipped | Swapped, str]]) -> list[tuple[str, str]]:
-    """One row for all the items with the same text."""
-    rows: dict[str, list[Kept | Skipped | Swapped]] = {}
-    for item, text in items:
-        rows.setdefault(text, []).append(item)
-    return [(_names(members), text) for text, members in rows.items()]
-
-
-def _names(items: Sequence[Kept | Skipped | Swapped]) -> str:
-    """``layer1.0.conv2 and 2 more``, with a count in front where there are several."""
-    first = items[0]
-    text = first.name
-    if len(items) > 1:
-        text = f"{len(items)} x {text} ... {items[-1].name}"
-    if first.aliases and len(items) == 1:
-        text += f" (shared with {', '.join(first.aliases)})"
-    return text
-
-
-def _swapped_table(items: Sequence[Swapped]) -> Table:
-    table = Table(box=box.ASCII2, show_lines=True, expand=True)
-    table.add_column("layers", ratio=5, overflow="fold")
-    for direction in DIRECTIONS:
-        table.add_column(direction.replace("_", "-"), ratio=3, overflow="fold")
-    rows: dict[tuple[Any, ...], list[Swapped]] = {}
-    for item in items:
-        rows.setdefault((item.geometry, item.calls, item.note, item.verified), []).append(item)
-    for (geometry, calls, note, verified), members in rows.items():
-        head = f"{_names(members)}\n{geometry}"
-        if verified:
-            head += "\nverified against float64"
-        if not calls:
-            table.add_row(Text(f"{head}\n{note}" if note else head), *[Text("")] * len(DIRECTIONS))
-        for call in calls:
-            cells = [_cell(call.passes, direction) for direction in DIRECTIONS]
-            text = f"{head}\n{call}" if not note else f"{head}\n{call}\n{note}"
-            table.add_row(Text(text), *(Text(cell) for cell in cells))
+def _step_table(steps: Sequence[Step]) -> Table:
+    table = Table(box=box.ASCII2, show_lines=True)
+    for title in STEP_COLUMNS:
+        table.add_column(title, overflow="fold")
+    for step in steps:
+        table.add_row(step.kind, *step_cells(step))
     return table
 
 
-def _cell(passes: Sequence[PassChoice], direction: str) -> str:
-    """Speed-up and source, then both times; ``-`` for a pass that is not needed."""
-    choice = next((item for item in passes if item.direction == direction), None)
+def step_cells(step: Step) -> list[str]:
+    """Time before and after, the speed-up, and what the grouped convolutions take of it."""
+    before = f"{duration(step.before.seconds)} +-{step.before.spread:.0%}"
+    if step.after is None:
+        return [before, "", "", f"{percent(step.share_before)} of it"]
+    after = f"{duration(step.after.seconds)} +-{step.after.spread:.0%}"
+    return [
+        before,
+        after,
+        f"{step.speedup:.2f}x",
+        f"{percent(step.share_before)} -> {percent(step.share_after)}",
+    ]
+
+
+def _pass_table(found: Sequence[Row]) -> Table:
+    table = Table(box=box.ASCII2, show_lines=True, expand=True)
+    table.add_column("layers", ratio=5, overflow="fold")
+    for direction in DIRECTIONS:
+        table.add_column(pass_name(direction), ratio=3, overflow="fold")
+    for row in found:
+        head = [row.names, str(row.geometry)]
+        head += ["verified against float64"] if row.verified else []
+        head += [str(row.call)] if row.call else []
+        head += [row.note] if row.note else []
+        table.add_row(_text("\n".join(head)), *(_text(_cell(row, direction)) for direction in DIRECTIONS))
+    return table
+
+
+def _cell(row: Row, direction: str) -> str:
+    """Speed-up and source, then both times and the error; ``-`` for a pass that is not needed."""
+    choice = row.choice(direction)
     if choice is None:
-        return "-"
+        return "-" if row.call else ""
     if choice.native:
-        return "PyTorch" if not choice.native_seconds else f"PyTorch\n{_time(choice.native_seconds)}"
-    if choice.speedup is None:
-        return choice.source
-    times = f"{_time(choice.native_seconds)} ->\n{_time(choice.seconds)}"
-    return f"{choice.speedup:.1f}x {choice.source}\n{times}"
-
-
-def _time(seconds: float | None) -> str:
-    """Three digits with the unit that fits."""
-    if seconds is None:
-        return "?"
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-def _functional(item: Functional) -> str:
-    text = f"{item.function} with groups={item.groups}"
-    if item.shape:
-        text += f" on {'x'.join(str(size) for size in item.shape)}"
-    return f"{text}, {item.where}" if item.where else text
-
-
-def _untraced(item: Untraced) -> str:
-    layers = f" ({item.layers} grouped layer{'s' if item.layers != 1 else ''} inside)" if item.layers else ""
-    return f"{item.reason}{layers}"
+        return (
+            "PyTorch kept"
+            if not choice.native_seconds
+            else f"PyTorch kept\n{duration(choice.native_seconds)}"
+        )
+    lines = [source(choice)]
+    if choice.speedup is not None:
+        lines = [f"{choice.speedup:.1f}x {source(choice)}"]
+        lines += [f"{duration(choice.native_seconds)} ->", duration(choice.seconds)]
+    if choice.error is not None:
+        lines.append(f"err {choice.error:.1e}")
+    return "\n".join(lines)

@@ -16,16 +16,16 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from torch import Tensor
 
-from g3dswap import choose, cli, workload
-from g3dswap.bench import markdown, measure, rounds, run, table, text
+from g3dswap import choose, cli, rounds, workload
+from g3dswap.bench import markdown, measure, run, table, text
 from g3dswap.bench.layers import SHIPPED, read_layers
 from g3dswap.bench.measure import Ceilings, Check
 from g3dswap.bench.results import Results
-from g3dswap.bench.rounds import Times, alternate
 from g3dswap.bench.rows import Row
 from g3dswap.bench.summary import summarize
 from g3dswap.errors import ArgumentError
 from g3dswap.problem import LAYOUTS, Geometry, Problem
+from g3dswap.rounds import Times, alternate
 from tests.conftest import Golden
 from tests.fakes import SCHEDULE, FakeChooser, Wrong
 

@@ -20,9 +20,9 @@ from g3dswap.bench import device, graphs, measure
 from g3dswap.bench.graphs import Rotation, call_count, set_count
 from g3dswap.bench.markdown import document
 from g3dswap.bench.results import Results
-from g3dswap.bench.rounds import Times
 from g3dswap.choice import Choice
 from g3dswap.problem import DIRECTIONS, LAYOUTS, Geometry, Problem
+from g3dswap.rounds import Times
 from g3dswap.tc import timing
 from tests.test_bench import synthetic
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from g3dswap.bench import network_results, network_run, networks, steps
 from g3dswap.bench.network_results import NetworkResults, NetworkRow
 from g3dswap.bench.networks import NETWORKS, Network, choose_networks
-from g3dswap.bench.rounds import Times
 from g3dswap.bench.steps import Compared, Conversion, Side, Training
 from g3dswap.errors import ArgumentError
+from g3dswap.rounds import Times
 from tests.fakes import FakeChooser, Net, faked
 from tests.test_bench import invoke, load, succeeds, synthetic
 from tests.test_networks import roi_align  # noqa: F401  # a fixture

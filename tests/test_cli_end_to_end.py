@@ -117,6 +117,57 @@ def test_inspect_and_show() -> None:
     assert nest == succeeds("show", *GIVEN, "--layer", "1", "--stage", "nest", "--pass", "grad_input")
 
 
+def test_report_files_and_steps_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("g3dswap.endtoend.SHARES", 2)
+    words = ["convert", "model.pth", "-o", "fast.pth", *GIVEN, "--tune", "none"]
+    text = succeeds(*words, "--end-to-end", "--report", "fast.html")
+    assert "Steps of the model" in text and "| training " in text
+    assert text.endswith("Wrote fast.pth, fast.plan.json and fast.html.\n")
+    assert "the speed of a training step" in Path("fast.html").read_text(encoding="utf-8")
+
+    data = json.loads(
+        succeeds("inspect", "model.pth", *GIVEN, "--end-to-end", "--report", "now.json", "--json")
+    )
+    assert data == json.loads(Path("now.json").read_text())
+    assert [(step["kind"], step["after"]) for step in data["steps"]] == [
+        ("training", None),
+        ("inference", None),
+    ]
+    assert 0 < data["steps"][0]["share_before"] <= 1
+
+    result = run("inspect", "model.pth", *GIVEN, "--report", "now.json")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: now.json exists already; pass --force (force=True) to replace it.\n",
+    )
+    succeeds("inspect", "model.pth", *GIVEN, "--report", "now.json", "--force")
+    assert json.loads(Path("now.json").read_text())["steps"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--report", "fast.txt"], "fast.txt is no report; name it *.html, *.json, *.md."),
+        (
+            ["--report", "fast.plan.json"],
+            "fast.plan.json is what the conversion writes; name another --report.",
+        ),
+        (["--plan", "p.json", "--end-to-end"], "Steps are timed on inputs: give their shapes with --input."),
+    ],
+)
+def test_report_options_that_cannot_be(words: list[str], message: str) -> None:
+    given = GIVEN if "--plan" not in words else ["--arch", "user_tiny:net", "--device", "cpu"]
+    result = run("convert", "model.pth", "-o", "fast.pth", *given, *words)
+    assert result.exit_code in (1, 2) and message in result.stderr
+    assert not Path("fast.pth").exists()
+
+
+def test_weights_alone_give_no_report() -> None:
+    result = run("inspect", "model.pth", "--report", "r.html")
+    assert result.exit_code == 2
+    assert "Weights alone give no report: name what builds the model with --arch." in result.stderr
+
+
 def test_a_whole_module_and_safetensors() -> None:
     torch.save(net(), "whole.pth")
     given = ["--input", "2x2x3x5x6", "--device", "cpu", "--tune", "none", "--trust"]

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from g3dswap.entries import Call, Functional, Kept, Layer, PassChoice, Skipped, Swapped, Untraced
+from g3dswap.entries import Call, Functional, Kept, Layer, PassChoice, Skipped, Step, Swapped, Untraced
 from g3dswap.errors import ArgumentError
 from g3dswap.module import Grouped3D
 from g3dswap.report import Report, forget, report, store, stored
+from g3dswap.rounds import Times
 
 LAYER = Layer(64, 64, 64, (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1))
 
@@ -26,6 +27,13 @@ def call(**passes: tuple[float, float]) -> Call:
     return Call((8, 64, 16, 56, 56), "float32", "contiguous", "cuda", choices)
 
 
+def kept_call() -> Call:
+    passes = tuple(
+        PassChoice(name, "native", "", 4e-3, 4e-3, native=True) for name in ("forward", "grad_input")
+    )
+    return Call((8, 64, 16, 56, 56), "float32", "channels_last_3d", "cuda", passes)
+
+
 def full() -> Report:
     calls = (call(forward=(1e-3, 3.1e-3), grad_input=(2e-3, 17e-3), grad_weight=(1.5e-4, 1.2e-3)),)
     return Report(
@@ -34,11 +42,19 @@ def full() -> Report:
             Swapped("layer1.1.conv2", LAYER, calls, ("twin.conv2",), verified=True),
             Swapped("late", dataclasses.replace(LAYER, stride=(1, 2, 2)), note="chooses at its first call"),
         ],
-        kept=[Kept("tail", LAYER, "nothing was faster")],
+        kept=[Kept("tail", LAYER, "nothing was faster", (kept_call(),))],
         skipped=[Skipped("odd[0]", "MyConv", "MyConv is a subclass", 4)],
-        functional=[Functional("mixer", "conv3d", 8, "net.py:12", (1, 8, 4, 4, 4))],
+        functional=[
+            Functional("mixer", "conv3d", 8, "net.py:12", (1, 8, 4, 4, 4)),
+            Functional("fast", "conv3d", 64, "net.py:15", (), True, "", LAYER, (call(forward=(1e-3, 5e-3)),)),
+        ],
         untraced=[Untraced("router", "control flow (net.py:40)", 2)],
         tuning_seconds=12.34,
+        steps=(
+            Step("training", Times(0.8, 0.8, 0.82, 0.84, 9), Times(0.4, 0.4, 0.41, 0.42, 9), 0.6, 0.1),
+            Step("inference", Times(0.2, 0.2, 0.2, 0.2, 9), None, 0.05, None),
+        ),
+        machine="NVIDIA H200, PyTorch 2.11.0",
     )
 
 
@@ -48,10 +64,16 @@ def test_dictionary_is_plain_json_and_comes_back() -> None:
     assert Report.from_dict(data) == full()
     speedups = [item["speedup"] for item in data["swapped"][0]["calls"][0]["passes"]]
     assert speedups == pytest.approx([3.1, 8.5, 8.0])
+    assert data["functional"][1]["calls"][0]["passes"][0]["speedup"] == pytest.approx(5)
+    first, second = data["steps"]
+    assert [first[name] for name in ("speedup", "share_before", "share_after")] == pytest.approx(
+        [2, 0.75, 0.25]
+    )
+    assert [second[name] for name in ("speedup", "share_before", "share_after")] == [None, 0.25, None]
 
 
 def test_dictionary_of_another_schema_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="schema 99, this version of g3dswap reads 1: convert the model"):
+    with pytest.raises(ArgumentError, match="schema 99, this version of g3dswap reads 2: convert the model"):
         Report.from_dict({**full().to_dict(), "schema": 99})
 
 
@@ -73,7 +95,8 @@ def test_table_says_what_a_user_wants_to_see(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COLUMNS", "100")
     text = str(full())
     assert " ".join(text.split()).startswith(
-        "g3dswap: 3 of 5 grouped layers swapped, 1 kept, 1 skipped; choosing kernels took 12.3 s. Swapped"
+        "g3dswap: 3 of 5 grouped layers swapped, 1 kept, 1 skipped, 1 function call converted; choosing "
+        "kernels took 12.3 s. NVIDIA H200, PyTorch 2.11.0 Steps of the model (training: forward and "
     )
     for part in (
         "2 x layer1.0.conv2 ...",  # the same shape: one row
@@ -84,6 +107,10 @@ def test_table_says_what_a_user_wants_to_see(monkeypatch: pytest.MonkeyPatch) ->
         "3.1x tuned",
         "3.1 ms ->",
         "150 us",
+        "err 1.0e-07",
+        "| training  | 800 ms +-5% | 400 ms +-5% | 2.00x    | 75% -> 25%",
+        "| inference | 200 ms +-0% |             |          | 25% of it",
+        "8x64x16x56x56 float32 channels_last: PyTorch takes 4 ms forward, 4",
         "8.5x tuned",
         "64->64 g64 3x3x3 s1x2x2 p1",
         "chooses at its first call",
@@ -99,6 +126,38 @@ def test_table_says_what_a_user_wants_to_see(monkeypatch: pytest.MonkeyPatch) ->
 def test_shared_layer_shows_its_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     assert "a (shared with b)" in str(Report(kept=[Kept("a", LAYER, "because", (), ("b",))]))
+
+
+def test_function_calls_say_what_became_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    plain = Functional("a", "conv3d", 2, "net.py:1")
+    done = dataclasses.replace(plain, converted=True, verified=True, reason="chooses later")
+    kept = dataclasses.replace(plain, reason="nothing was faster")
+    text = str(Report(functional=[plain]))
+    assert "Function calls with groups > 1, not converted: that takes functional=True" in text
+    text = str(Report(functional=[done, kept]))
+    assert "Function calls with groups > 1\n" in text
+    assert "converted, verified against float64; chooses later" in text
+    assert "not converted: nothing was faster" in text
+
+
+def test_rows_put_equal_shapes_together() -> None:
+    rows = full().rows
+    assert [(row.outcome, row.names, row.count) for row in rows] == [
+        ("swapped", "2 x layer1.0.conv2 ... layer1.1.conv2", 2),
+        ("swapped", "late", 1),
+        ("converted", "fast", 1),
+        ("kept", "tail", 1),
+    ]
+    assert rows[1].call is None and rows[1].choice("forward") is None
+    choice = rows[0].choice("grad_input")
+    assert choice is not None and choice.speedup == pytest.approx(8.5)
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal() -> None:
+    text = str(Report(kept=[Kept("a\x1b[2Jb", LAYER, "because\x07")]))
+    assert "\x1b" not in text and "\x07" not in text
+    assert "a\\x1b[2Jb" in text
 
 
 def test_inspection_speaks_of_what_would_be() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from g3dswap.bench.rounds import Key, Times, alternate
+from g3dswap.rounds import Key, Times, alternate
 from g3dswap.tc.timing import Call, Sampler
 
 Operands = Sequence[Tensor | None]

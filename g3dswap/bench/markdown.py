@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from g3dswap.bench import text
 from g3dswap.bench.results import Results
-from g3dswap.bench.rounds import Times
 from g3dswap.bench.rows import Row
 from g3dswap.bench.summary import LARGE, Best, Summary, best, summarize
+from g3dswap.markdown import Columns, table
 from g3dswap.problem import LAYOUTS
-
-Columns = dict[str, list[str]]
-"""A table by its columns; a column without any text is left out."""
+from g3dswap.rounds import Times
 
 _LARGE = f"roof, >{LARGE * 1e6:.0f} us"
 
@@ -120,17 +118,3 @@ def _compiled(row: Row) -> str:
         return ""
     times = min(row.compiled.values(), key=lambda it: it.seconds)
     return f"{text.ms(times.seconds)} +-{times.spread:.0%}, {text.percent(row.roofline / times.seconds)}"
-
-
-def table(columns: Columns) -> Iterator[str]:
-    """The lines; text to the left, and whatever has a digit in it at the right."""
-    shown = {name: cells for name, cells in columns.items() if any(cells)}
-    yield _line(shown)
-    words = ("layer", "pass", "layout", "least", "network", "dtype")
-    yield _line(["---" if name in words else "---:" for name in shown])
-    for cells in zip(*shown.values(), strict=True):
-        yield _line(cells)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

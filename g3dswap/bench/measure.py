@@ -16,9 +16,9 @@ from torch import Tensor
 
 from g3dswap import native
 from g3dswap.bench import graphs
-from g3dswap.bench.rounds import FEWEST, MOST, Times, alternate
 from g3dswap.choice import Choice
 from g3dswap.problem import Problem
+from g3dswap.rounds import FEWEST, MOST, Times, alternate
 from g3dswap.tc import timing
 from g3dswap.tc.timing import Call, Sampler
 from g3dswap.workload import Sample, distance

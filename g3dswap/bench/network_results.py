@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from g3dswap.bench import text
-from g3dswap.bench.markdown import Columns, table
 from g3dswap.bench.results import write
-from g3dswap.bench.rounds import Times
 from g3dswap.bench.steps import WARM_UP, Compared, Conversion, Side
 from g3dswap.errors import ArgumentError
+from g3dswap.markdown import Columns, table
+from g3dswap.rounds import Times
 from g3dswap.tc.entries import strict_json
 
 SCHEMA = 1

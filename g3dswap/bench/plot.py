@@ -9,18 +9,16 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from g3dswap.bench.results import Results
 from g3dswap.bench.rows import Row
 from g3dswap.errors import ArgumentError
+from g3dswap.figures import OURS, SMALL, THEIRS, WITHIN, finish
 from g3dswap.problem import DIRECTIONS, LAYOUTS
 
 FORMATS = (".svg", ".png", ".pdf")
-OURS, THEIRS, WITHIN = "#0072b2", "#d55e00", "#bbbbbb"
 COLOURS = {"contiguous": "#0072b2", "channels_last_3d": "#56b4e9"}
 WIDTH, LINE, MARGIN = 13.0, 0.2, 1.3  # inches: of the picture, of a layer in a panel, around the layers
-SMALL = 7  # points
 
 
 def check_format(path: Path) -> None:
@@ -94,7 +92,8 @@ def _shares(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
     for mean, colour in zip(means, (OURS, THEIRS)):
         axes.axvline(mean, color=colour, linestyle=":", linewidth=1)
     axes.axvline(100, color="black", linewidth=0.8)
-    _finish(
+    axes.set_xscale("log")
+    finish(
         axes,
         f"{rows[0].problem.direction}: share of the roofline, better layouts\n"
         f"geometric means {means[0]:.2g} %, PyTorch {means[1]:.2g} %",
@@ -117,19 +116,6 @@ def _speed_ups(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
         axes.bar_label(bars, texts, fontsize=SMALL - 2, padding=2)
         means.append(f"{statistics.geometric_mean([row.same for row in part]):.3g}x")
     axes.axvline(1, color="black", linewidth=0.8)
-    title = f"{rows[0].problem.direction}: speed-up in the same layout\ngeometric means {', '.join(means)}"
-    _finish(axes, title, "{:g}x")
-
-
-def _finish(axes: Axes, title: str, pattern: str) -> None:
-    axes.set_title(title, fontsize=SMALL + 2)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: pattern.format(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", labelsize=SMALL)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    title = f"{rows[0].problem.direction}: speed-up in the same layout\ngeometric means {', '.join(means)}"
+    finish(axes, title, "{:g}x")

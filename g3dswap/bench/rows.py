@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from g3dswap.bench.measure import Check
-from g3dswap.bench.rounds import Times
 from g3dswap.choice import problem_from_json, problem_to_json
 from g3dswap.problem import LAYOUTS, Problem
+from g3dswap.rounds import Times
 
 
 @dataclass(frozen=True)

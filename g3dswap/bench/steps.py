@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from g3dswap.bench.rounds import Times, alternate
 from g3dswap.convert import convert
 from g3dswap.report import Report, report
+from g3dswap.rounds import Times, alternate, clock, synchronize
 from g3dswap.tc.timing import Call
 
 BEFORE, AFTER = "before", "after"
@@ -187,7 +187,7 @@ def infer(sides: Mapping[str, Training], clips: Tensor, seconds: float) -> dict[
         it.model.eval()
     with torch.no_grad():
         calls: dict[str, Call] = {name: partial(it.forward, clips) for name, it in sides.items()}
-        sample = _sampler(clips.device)
+        sample = clock(clips.device)
         for call in calls.values():
             for _ in range(WARM_UP):
                 sample(call)
@@ -196,23 +196,6 @@ def infer(sides: Mapping[str, Training], clips: Tensor, seconds: float) -> dict[
 
 def _times(seconds: list[float]) -> Times:
     return Times.of(seconds[WARM_UP:] if len(seconds) > WARM_UP + 1 else seconds)
-
-
-def _sampler(device: torch.device) -> Callable[[Call], float]:
-    def sample(call: Call) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        return time.perf_counter() - start
-
-    return sample
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _allocated(device: torch.device) -> int:

@@ -10,6 +10,9 @@ from g3dswap.bench.device import QUERIES, UNKNOWN
 from g3dswap.bench.results import Results
 from g3dswap.bench.rows import Row
 from g3dswap.problem import Problem
+from g3dswap.quantities import ms as ms
+from g3dswap.quantities import percent as percent
+from g3dswap.quantities import times as times
 
 _EXPLANATION = (
     "Times in ms, by the {statistic} of the runs; +- is the interquartile range. Speed-ups over PyTorch in "
@@ -89,26 +92,3 @@ def error(row: Row) -> str:
     """Of our kernel, and whether it is wrong."""
     text = f"{row.check.error:.1e}" if math.isfinite(row.check.error) else "inf"
     return text if row.check.correct else f"WRONG {text}"
-
-
-def ms(seconds: float) -> str:
-    """Three significant digits, as milliseconds."""
-    value = seconds * 1e3
-    if value >= 100:
-        return f"{value:.0f}"
-    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 2
-    return f"{value:.{min(digits, 4)}f}"
-
-
-def percent(share: float | None) -> str:
-    """Two significant digits; nothing for None."""
-    if share is None:
-        return ""
-    return f"{share:.0%}" if share >= 0.0995 else f"{share:.1%}"
-
-
-def times(factor: float | None) -> str:
-    """A speed-up; nothing for None."""
-    if factor is None:
-        return ""
-    return f"{factor:.2f}x" if factor < 100 else f"{factor:.0f}x"

@@ -9,9 +9,12 @@ their lower quartile: on a machine that other processes keep busy, the median is
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
+
+import torch
 
 from g3dswap.tc.timing import Call, Sampler
 
@@ -83,3 +86,22 @@ def alternate(calls: Mapping[Key, Call], sample: Sampler, seconds: float) -> dic
         for name in running:
             samples[name].append(sample(calls[name]))
     return {name: Times.of(taken) for name, taken in samples.items()}
+
+
+def clock(device: torch.device) -> Sampler:
+    """The function that times a warm call by the wall clock, until the device has done it, in seconds."""
+
+    def sample(call: Call) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return sample
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
