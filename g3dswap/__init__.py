@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .convert import convert, inspect, revert, use_plan
+from .convert import convert, inspect, revert
 from .endtoend import measure_steps
 from .module import Grouped3D, Grouped3DTranspose
-from .plan import save_plan
+from .plan import save_plan, use_plan
 from .report import Report, report
 from .verify import Verification, verify
 

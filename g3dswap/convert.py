@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,16 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from g3dswap.calls import merge_functional
 from g3dswap.choice import Choice
-from g3dswap.choose import EFFORTS, MIN_SPEEDUP, Chooser, install, open_cache
+from g3dswap.choose import EFFORTS, MIN_SPEEDUP, Chooser, open_cache
 from g3dswap.decide import Decision, call_of, decide, keep, peek, problems, swap_later
-from g3dswap.discover import Meeting, Shapes, Site, merge_functional, observe
+from g3dswap.discover import Meeting, Shapes, Site, observe
 from g3dswap.entries import Kept, Layer, Swapped
-from g3dswap.errors import ArgumentError, ConvertError, G3DSwapWarning
+from g3dswap.errors import ArgumentError, ConvertError
+from g3dswap.functional import as_converted, decide_calls, intercept_calls
 from g3dswap.guard import Inputs, a_type, example
+from g3dswap.intercept import is_on, take_off, taken_off
 from g3dswap.layercheck import check_layer
 from g3dswap.module import GROUPED, Conv, Grouped
-from g3dswap.plan import Plan, forget_choices, keep_choices, read_plan
+from g3dswap.plan import Plan, forget_choices, install_plan, keep_choices, read_plan
 from g3dswap.problem import Problem
 from g3dswap.report import Report, forget, machine, store
 from g3dswap.selection import Selection, check_model, select
@@ -46,6 +48,7 @@ def convert(
     verify: bool = True,
     strict: bool = False,
     progress: bool = True,
+    functional: bool = False,
 ) -> nn.Module:
     """Replace 3D convolution layers with groups > 1 by faster ones with the same weights.
 
@@ -72,6 +75,10 @@ def convert(
             that fail.
         strict: a grouped convolution that cannot be swapped (a subclass, say) is an error.
         progress: show a bar while tuning.
+        functional: also convert calls of ``F.conv3d`` and ``F.conv_transpose3d`` with groups > 1. The modules
+            whose forward makes them get a ``forward`` on the instance, which intercepts these functions; the
+            other PyTorch functions called in it take about a microsecond more. Without inputs only calls that
+            torch.fx can trace are found.
 
     Returns:
         The converted model; ``g3dswap.report`` says what was done.
@@ -90,25 +97,30 @@ def convert(
         selection.check_strict()
     if planned is not None:
         planned.check({site.names[0]: Layer.of(site.module) for site in selection.sites})
-        _install(planned)
+        install_plan(planned)
     if not inplace:
         model = _copied(model)
         selection = select(model, include, exclude)
     traced, shapes = _look(model, selection, given)
     began = time.monotonic()
     decisions = _decide_all(selection, traced, shapes, planned, given is not None, chooser)
+    calls = []
+    if functional or any(is_on(module) for module in model.modules()):
+        calls = decide_calls(model, traced.functional, shapes.uses, selection, chooser, strict)
     elapsed = time.monotonic() - began
     swap = _Swap(tune, cache)
+    everything = [*decisions, *(item.decision for item in calls if item.decision)]
     if verify:
-        _verify_all(decisions, swap)
+        _verify_all(everything, swap)
     new = {
         id(item.site.module): swap(item.site.module, bool(item.choices))
         for item in decisions
         if item.swap and not isinstance(item.site.module, Grouped)
     }
     model = _replaced(model, new)
-    store(model, _report("converted", selection, decisions, traced, shapes, elapsed))
-    keep_choices(model, {choice.problem: choice for item in decisions for choice in item.choices}.values())
+    report = _report("converted", selection, decisions, traced, shapes, elapsed)
+    store(model, replace(report, functional=intercept_calls(calls, tune, cache)) if calls else report)
+    keep_choices(model, {choice.problem: choice for item in everything for choice in item.choices}.values())
     return model
 
 
@@ -134,7 +146,8 @@ def inspect(
         meetings = shapes.meetings.get(id(site.module), [])
         decision = _without_inputs(site, selection, traced, meetings, given is not None, "quick")
         decisions.append(decision or _peeked(site, meetings, chooser))
-    return _report("inspected", selection, decisions, traced, shapes, 0.0)
+    report = _report("inspected", selection, decisions, traced, shapes, 0.0)
+    return replace(report, functional=as_converted(model, report.functional))
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -149,6 +162,8 @@ def revert(model: nn.Module) -> nn.Module:
         raise ArgumentError(f"revert() takes a torch.nn.Module, not {a_type(model)}.")
     forget(model)
     forget_choices(model)
+    for module in model.modules():
+        take_off(module)
     modules = [module for module in model.modules() if isinstance(module, Grouped)]
     return _replaced(model, {id(module): module.to_conv() for module in modules})
 
@@ -181,13 +196,14 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _look(model: nn.Module, selection: Selection, given: Inputs | None) -> tuple[Trace, Shapes]:
     """What the model's forward reaches, and the inputs that its layers meet."""
-    if any(id(model) == id(site.module) for site in selection.sites):
-        traced = Trace(reached={id(model)})
-    else:
-        traced = trace(model, selection.known, given)
-    if given is None or any(site.module.weight.is_meta for site in selection.sites):
-        return traced, Shapes()
-    return traced, observe(model, selection.sites, given)
+    with taken_off(model):  # calls that are converted already are calls
+        if any(id(model) == id(site.module) for site in selection.sites):
+            traced = Trace(reached={id(model)})
+        else:
+            traced = trace(model, selection.known, given)
+        if given is None or any(site.module.weight.is_meta for site in selection.sites):
+            return traced, Shapes()
+        return traced, observe(model, selection.sites, given)
 
 
 def _decide_all(
@@ -283,32 +299,6 @@ def _peeked(site: Site, meetings: Sequence[Meeting], chooser: Chooser) -> Decisi
     return Decision(site, Swapped(site.name, layer, calls, site.aliases))
 
 
-def use_plan(path: str | Path) -> None:
-    """Let the choices of a plan file decide in this process, for programs loaded with ``torch.export.load``.
-
-    Their operators ask for a choice at the first call of a shape. ``convert(model, plan=path)`` does the same
-    for the layers that it swaps.
-
-    Raises:
-        PlanError: the plan cannot be read.
-    """
-    _install(read_plan(path))
-
-
-def _install(planned: Plan) -> None:
-    """Let the plan decide, unless its times are those of another machine."""
-    foreign = planned.foreign()
-    if foreign is None:
-        install(planned.choices)
-        return
-    warnings.warn(
-        f"The plan {planned.path} was made on another machine ({foreign}), where other kernels are fast: its "
-        "layers are swapped, but their kernels are chosen anew.",
-        G3DSwapWarning,
-        stacklevel=3,
-    )
-
-
 # Changing the model
 
 
@@ -381,7 +371,8 @@ def _report(
     seconds: float,
 ) -> Report:
     entries = [decision.entry for decision in decisions]
-    kinds = {site.module.weight.device.type for site in selection.sites}
+    met = [*shapes.meetings.values(), *(use.meetings for use in shapes.uses)]
+    kinds = {meeting.device.type for meetings in met for meeting in meetings}
     return Report(
         kind=kind,
         swapped=[entry for entry in entries if isinstance(entry, Swapped)],

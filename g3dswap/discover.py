@@ -5,26 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 
-from g3dswap import native
+from g3dswap.calls import FunctionCalls, Use
 from g3dswap.entries import ROOT, Functional, Skipped
 from g3dswap.errors import ArgumentError, ConvertError
 from g3dswap.guard import Inputs, a_type, untouched
+from g3dswap.meetings import Hook, Meeting
 from g3dswap.module import GROUPED, Conv
-from g3dswap.problem import DTYPES, dtype_name, transposed_size
-from g3dswap.trace import function_name, groups_of, place, user_frame
+from g3dswap.problem import DTYPES, dtype_name
 
 
 @dataclass(frozen=True)
@@ -170,30 +167,19 @@ def matches(names: Collection[str], globs: Collection[str]) -> bool:
 # Shapes
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """One kind of input that a layer met."""
-
-    batch: int
-    size: tuple[int, int, int]
-    """T, H, W of the layer's input, before any padding."""
-    dtype: torch.dtype
-    """What the convolution computes in; under autocast not the input's own."""
-    layout: str
-    device: torch.device
-    grad_input: bool
-    grad_weight: bool
-    output_padding: tuple[int, ...] = ()
-    """What the call's ``output_size`` made of a transposed layer's; empty for the layer's own."""
-
-
 @dataclass
 class Shapes:
     """What a run of the model on example inputs showed."""
 
     meetings: dict[int, list[Meeting]] = field(default_factory=dict)
     """``id`` of a layer -> the distinct inputs that it met, in order."""
-    functional: list[Functional] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+    """Calls of convolution functions."""
+
+    @property
+    def functional(self) -> list[Functional]:
+        """Their lines of the report."""
+        return [use.entry for use in self.uses]
 
 
 def observe(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Shapes:
@@ -214,20 +200,20 @@ def observe(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Shapes:
         modules = [cast(Conv, twins[id(module)]) for module in modules]
     try:
         try:
-            found, functional = _run(runs, modules, inputs, keep=False)
+            found, uses = _run(runs, modules, inputs, keep=False)
         except Exception as error:
             if not _needs_saved_tensors(error):
                 raise
-            found, functional = _run(runs, modules, inputs, keep=True)
+            found, uses = _run(runs, modules, inputs, keep=True)
     except Exception as error:
         raise ConvertError(_forward_failed(model, inputs, error)) from error
-    return Shapes({id(site.module): item for site, item in zip(sites, found)}, functional)
+    return Shapes({id(site.module): item for site, item in zip(sites, found)}, uses)
 
 
 def _run(
     model: nn.Module, modules: Sequence[Conv], inputs: Inputs, keep: bool
-) -> tuple[list[list[Meeting]], list[Functional]]:
-    """What each module meets, and the functional calls."""
+) -> tuple[list[list[Meeting]], list[Use]]:
+    """What each module meets, and the calls of functions."""
     meetings: list[list[Meeting]] = [[] for _ in modules]
     grads = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     # The graph is only asked what requires a gradient: what a backward would need is dropped.
@@ -240,15 +226,15 @@ def _run(
     with untouched(model):
         try:
             for module, met in zip(modules, meetings):
-                hook = _Hook(met, grads)
+                hook = Hook(met, grads)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            with saved, _FunctionCalls(model) as calls:
+            with saved, FunctionCalls(model, grads) as calls:
                 fresh = inputs.fresh()
                 model(*fresh.args, **fresh.kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-    return meetings, calls.found
+    return meetings, calls.uses
 
 
 class _BackwardInside(Exception):
@@ -264,74 +250,6 @@ def _needs_saved_tensors(error: Exception) -> bool:
     return isinstance(error, _BackwardInside) or "saved tensor hooks" in str(error)
 
 
-class _Hook:
-    """A forward pre-hook that notes what a layer meets."""
-
-    def __init__(self, meetings: list[Meeting], grads: bool) -> None:
-        self.meetings = meetings
-        self.grads = grads
-
-    def __call__(self, module: Conv, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        value = args[0] if args else kwargs.get("input")
-        if not isinstance(value, Tensor) or value.dim() not in (4, 5):
-            return  # The layer itself will say what is wrong with it.
-        shape = tuple(value.shape) if value.dim() == 5 else (1, *value.shape)
-        extra = _asked_for(module, value, args[1] if len(args) > 1 else kwargs.get("output_size"))
-        if module.transposed and min(_size(module, shape[2:], extra)) < 1:
-            return  # The result is empty.
-        trains = self.grads and module.weight.requires_grad
-        # Where a part of the forward runs without recording (re-entrant activation checkpointing, which
-        # recomputes it later), the input says nothing: then assume what the weight says.
-        needs = value.requires_grad if torch.is_grad_enabled() else trains
-        meeting = Meeting(
-            batch=shape[0],
-            size=(shape[2], shape[3], shape[4]),
-            dtype=compute_dtype(value),
-            layout=layout_of(module, value),
-            device=value.device,
-            grad_input=self.grads and needs,
-            grad_weight=trains,
-            output_padding=extra,
-        )
-        if meeting not in self.meetings:
-            self.meetings.append(meeting)
-
-
-def _size(module: Any, size: Sequence[int], extra: Sequence[int]) -> list[int]:
-    """The size that a transposed layer makes of this one."""
-    options = module.kernel_size, module.stride, module.padding, module.dilation
-    return transposed_size(size, *options, extra or module.output_padding)
-
-
-def _asked_for(module: Conv, value: Tensor, output_size: Any) -> tuple[int, ...]:
-    """The output padding that a transposed layer's ``output_size`` means, where it is not the layer's own."""
-    if output_size is None or not isinstance(module, nn.ConvTranspose3d):
-        return ()
-    layer: Any = module
-    options = layer.stride, layer.padding, layer.kernel_size, 3, layer.dilation
-    extra = tuple(layer._output_padding(value, list(output_size), *options))
-    return () if extra == tuple(layer.output_padding) else extra
-
-
-def compute_dtype(value: Tensor) -> torch.dtype:
-    """The dtype that a convolution of this input computes in: autocast's, if it is on."""
-    kind = value.device.type
-    if value.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
-        return value.dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-
-
-def layout_of(module: Conv, value: Tensor) -> str:
-    """The layout in which PyTorch would compute and return the layer's output."""
-    image = value if value.dim() == 5 else value.unsqueeze(0)
-    image = image.detach().to(compute_dtype(value))
-    if module.padding_mode != "zeros":
-        # Circular padding, for one, returns a contiguous tensor whatever it gets.
-        image = F.pad(image, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-    chosen = native.output_format(image, module.weight, module.stride, module.dilation, module.groups)
-    return "channels_last_3d" if chosen == torch.channels_last_3d else "contiguous"
-
-
 def _forward_failed(model: nn.Module, inputs: Inputs, error: Exception) -> str:
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -341,53 +259,3 @@ def _forward_failed(model: nn.Module, inputs: Inputs, error: Exception) -> str:
     if len(ours) == len(theirs) == 1 and ours != theirs:
         hint = f"the inputs are on {ours.pop()}, the model on {theirs.pop()}; move the inputs"
     return f"{type(model).__name__}.forward raised on the example inputs ({text}); {hint}."
-
-
-class _FunctionCalls(TorchFunctionMode):
-    """Notes calls of convolution functions with groups > 1 that come from no module of PyTorch's."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.names = {id(module): name or ROOT for name, module in model.named_modules()}
-        self.found: list[Functional] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        groups = groups_of(func, args, kwargs)
-        if isinstance(groups, int) and groups > 1 and not self._inside_layer():
-            value = args[0] if args else kwargs.get("input")
-            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-            frame = user_frame(sys._getframe())
-            owner = None if frame is None else frame.f_locals.get("self")
-            name = self.names.get(id(owner), "") if isinstance(owner, nn.Module) else ""
-            call = Functional(name or "?", function_name(func), groups, place(frame), shape)
-            if call not in self.found:
-                self.found.append(call)
-        return func(*args, **kwargs)
-
-    @staticmethod
-    def _inside_layer() -> bool:
-        """Called by a layer of PyTorch's (or a subclass of one): that is a layer, reported as such."""
-        frame = sys._getframe(2)
-        for _ in range(4):
-            if isinstance(frame.f_locals.get("self"), nn.modules.conv._ConvNd):
-                return True
-            if frame.f_back is None:
-                break
-            frame = frame.f_back
-        return False
-
-
-def merge_functional(traced: Sequence[Functional], run: Sequence[Functional]) -> list[Functional]:
-    """Calls that tracing found, with the shapes that a run showed, and those that only the run showed."""
-    shown = {item.where: item for item in run if item.where}
-    merged = [
-        replace(item, groups=shown[item.where].groups, shape=shown[item.where].shape)
-        if item.where in shown
-        else item
-        for item in traced
-    ]
-    places = {item.where for item in traced}
-    return merged + [item for item in run if not item.where or item.where not in places]

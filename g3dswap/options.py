@@ -263,6 +263,7 @@ def _tuning(values: dict[str, Any]) -> dict[str, Any]:
         "exclude": list(values.pop("exclude")) or None,
         "min_speedup": values.pop("min_speedup"),
         "strict": values.pop("strict"),
+        "functional": values.pop("functional"),
         "progress": not values.pop("quiet"),
     }
 
@@ -361,6 +362,9 @@ def tuning_options(default: str) -> Callable[[Command], Command]:
             help="Keep a layer where the gain is smaller.",
         ),
         click.option("--strict", is_flag=True, help="A layer that must be skipped is an error."),
+        click.option(
+            "--functional", is_flag=True, help="Convert calls of F.conv3d and F.conv_transpose3d too."
+        ),
         click.option("--quiet", is_flag=True, help="No progress bar."),
     ]
     return _gathered(options, "tuning", _tuning)

@@ -7,6 +7,7 @@ names are printed, compiled and checked against float64 here like any other.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 from torch import nn
 
 from g3dswap.choice import Choice
+from g3dswap.choose import install
 from g3dswap.discover import Meeting
 from g3dswap.entries import ROOT, Call, Kept, Layer, PassChoice, Swapped
-from g3dswap.errors import ArgumentError, PlanError
+from g3dswap.errors import ArgumentError, G3DSwapWarning, PlanError
 from g3dswap.problem import DIRECTIONS, DTYPES, LAYOUTS, device_facts, dtype_name
 from g3dswap.report import Report, stored
 from g3dswap.tc.entries import atomic_write_text, strict_json
@@ -309,3 +311,32 @@ def _integers(item: Mapping[str, Any], name: str, count: int, least: int) -> tup
     if len(value) != count or any(type(number) is not int or number < least for number in value):
         raise ValueError(f"{name!r} is not a list of {count} integers of at least {least}")
     return tuple(value)
+
+
+# Deciding
+
+
+def use_plan(path: str | Path) -> None:
+    """Let the choices of a plan file decide in this process, for programs loaded with ``torch.export.load``.
+
+    Their operators ask for a choice at the first call of a shape. ``convert(model, plan=path)`` does the same
+    for the layers that it swaps.
+
+    Raises:
+        PlanError: the plan cannot be read.
+    """
+    install_plan(read_plan(path))
+
+
+def install_plan(planned: Plan) -> None:
+    """Let the plan decide, unless its times are those of another machine."""
+    foreign = planned.foreign()
+    if foreign is None:
+        install(planned.choices)
+        return
+    warnings.warn(
+        f"The plan {planned.path} was made on another machine ({foreign}), where other kernels are fast: its "
+        "layers are swapped, but their kernels are chosen anew.",
+        G3DSwapWarning,
+        stacklevel=3,
+    )

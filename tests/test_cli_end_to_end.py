@@ -18,7 +18,14 @@ from g3dswap import choose, cli
 from g3dswap.errors import G3DSwapWarning
 
 NETS = """
+import torch
 from torch import nn
+class Mixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 1, 3, 3, 3))
+    def forward(self, x):
+        return nn.functional.conv3d(x, self.weight, groups=2)
 def net(width=8):
     return nn.Sequential(
         nn.Conv3d(2, width, 1), nn.Conv3d(width, width, 3, padding=1, groups=width), nn.BatchNorm3d(width)
@@ -166,6 +173,17 @@ def test_weights_alone_give_no_report() -> None:
     result = run("inspect", "model.pth", "--report", "r.html")
     assert result.exit_code == 2
     assert "Weights alone give no report: name what builds the model with --arch." in result.stderr
+
+
+def test_function_calls_on_request() -> None:
+    torch.save({"weight": torch.rand(2, 1, 3, 3, 3)}, "mixer.pth")
+    given = ["--arch", "user_tiny:Mixer", *GIVEN[2:], "--tune", "none", "--functional"]
+    report = json.loads(succeeds("convert", "mixer.pth", "-o", "fast.pth", *given, "--json"))
+    (call,) = report["functional"]
+    assert (call["converted"], call["verified"], call["name"]) == (True, True, "(model)")
+    assert {choice["source"] for choice in call["calls"][0]["passes"]} == {"default"}
+    assert load("fast.pth").keys() == {"weight"}
+    assert json.loads(succeeds("verify", "mixer.pth", "fast.pth", *given, "--json"))["ok"]
 
 
 def test_a_whole_module_and_safetensors() -> None:

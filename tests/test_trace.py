@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from g3dswap.discover import find, merge_functional, observe
+from g3dswap.calls import merge_functional
+from g3dswap.discover import find, observe
 from g3dswap.entries import Functional
 from g3dswap.guard import Inputs, example
 from g3dswap.trace import trace
