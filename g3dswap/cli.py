@@ -247,7 +247,10 @@ def tune(
             source = shape.source(source)
         tuning["progress"] &= rank == 0
         model = shape.model(source) if shape else source.model(stored)[0]
-        fast = g3dswap.convert(model, source.example_inputs(model), inplace=True, **tuning)
+        inputs = source.example_inputs(model)
+        for value in inputs or () if shape else ():
+            value.requires_grad_()  # in a network there is a layer before this one
+        fast = g3dswap.convert(model, inputs, inplace=True, **tuning)
     if rank == 0:
         report = g3dswap.report(fast)
         emit(report.to_dict(), str(report), as_json)

@@ -133,6 +133,8 @@ def inspect(
 ) -> Report:
     """The report that ``convert`` would give, with the times that the cache knows; changes and tunes nothing.
 
+    ``model``, ``example_inputs``, ``example_kwargs`` and ``cache`` are those of ``convert``.
+
     Raises:
         ArgumentError, ConvertError: as ``convert``.
     """

@@ -21,12 +21,13 @@ from g3dswap.module import Grouped
 from g3dswap.report import store, stored
 from g3dswap.rounds import Times, alternate, clock
 from g3dswap.selection import check_model
-from g3dswap.tc.timing import Call, sampler
+from g3dswap.tc.timing import Call, Sampler, event_sampler
 
 SECONDS = 2.0
 """What the steps of one kind and one model may take, beside the warm-up."""
 WARM_UP = 2  # steps that no time counts of: they allocate memory, search algorithms and choose kernels
 SHARES = 5  # steps in which the grouped convolutions are timed one by one
+ASLEEP = 400_000  # cycles of a GPU, some 0.2 ms
 STATISTIC = "quartile"  # the lower one: on a machine that others keep busy the median is a time of theirs
 
 BEFORE, AFTER = "before", "after"
@@ -155,13 +156,19 @@ def _grouped_seconds(call: Call, device: torch.device) -> float:
     return mode.seconds
 
 
+def _sampler(device: torch.device) -> Sampler:
+    """The function that times an operator amid the others of a step: as warm as they left its operands."""
+    # The sleep keeps a GPU busy while the host launches what is timed.
+    return event_sampler(partial(torch.cuda._sleep, ASLEEP)) if device.type == "cuda" else clock(device)
+
+
 class _Grouped(TorchDispatchMode):
     """Times the operators that are 3D convolutions with groups > 1, whoever calls them."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.seconds = 0.0
-        self.sample = sampler(device.type)
+        self.sample = _sampler(device)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -61,6 +61,7 @@ class Layer:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Layer:
+        """The inverse of ``dataclasses.asdict``."""
         arguments: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
@@ -126,6 +127,7 @@ class Call:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Call:
+        """The inverse of ``dataclasses.asdict``."""
         passes = tuple(PassChoice(**item) for item in data["passes"])
         extra = tuple(data.get("output_padding", ()))
         return cls(tuple(data["shape"]), data["dtype"], data["layout"], data["device"], passes, extra)

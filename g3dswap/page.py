@@ -31,9 +31,9 @@ _EXPLANATION = (
 
 
 def save_report(report: Report, path: str | Path, *, force: bool = False) -> None:
-    """Write a report to a file; its ending, .html, .md or .json, says how. A page has pictures.
+    """Write a report to the file ``path``, whose ending, .html, .md or .json, says how. A page has pictures.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all; one that exists is replaced only with ``force``.
 
     Raises:
         ArgumentError: no report, or another ending.

@@ -152,12 +152,13 @@ def _without_speedups(call: Mapping[str, Any]) -> dict[str, Any]:
 
 def machine(kinds: Collection[str]) -> str:
     """The devices of these kinds (``cpu``, ``cuda``) and PyTorch's version, as a report states them."""
-    facts = [device_facts(kind) for kind in ("cuda", "cpu") if kind in kinds]
-    names = [
-        f"{it['device_name']}, {it['threads']} threads" if "threads" in it else it["device_name"]
-        for it in facts
-    ]
-    return ", ".join([*names, f"PyTorch {torch.__version__}"]) if names else ""
+    parts = []
+    for kind in ("cuda", "cpu"):
+        if kind in kinds:
+            facts = device_facts(kind)
+            threads = f" ({facts['threads']} threads)" if facts.get("threads", 1) > 1 else ""
+            parts.append(f"{facts['device_name']}{threads}")
+    return ", ".join([*parts, f"PyTorch {torch.__version__}"]) if parts else ""
 
 
 def store(model: nn.Module, report: Report) -> None:

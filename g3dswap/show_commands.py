@@ -46,7 +46,14 @@ SCHEDULE = Parsed("JSON", parse_schedule)
 @source_options
 @shape_options
 @cache_option
-@click.option("--pass", "direction", type=click.Choice(DIRECTIONS), default="forward", show_default=True)
+@click.option(
+    "--pass",
+    "direction",
+    type=click.Choice(DIRECTIONS),
+    default="forward",
+    show_default=True,
+    help="Which of the three.",
+)
 @click.option("--target", type=click.Choice(TARGETS), help="Kernel language; the device's by default.")
 @click.option("--stage", type=click.Choice(STAGES), help="One form only; by default all of them.")
 @click.option("--schedule", type=SCHEDULE, help="JSON; by default the tuned one, if there is any.")

@@ -126,6 +126,10 @@ def verify(
     of the sum of the outputs, weighted with fixed random numbers, in all parameters that require one and in
     all floating-point inputs.
 
+    Args:
+        before, after: a model and its converted copy.
+        example_inputs, example_kwargs: what their forwards take, as for ``convert``.
+
     Raises:
         ArgumentError: no modules, other parameters, other modes, or inputs that do not fit.
         VerificationError: ``before`` cannot run in float64.

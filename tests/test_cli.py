@@ -239,6 +239,7 @@ def test_convert_hands_all_options_on(api: Api, weights: dict[str, Tensor]) -> N
         "--min-speedup",
         "1.5",
         "--strict",
+        "--functional",
         "--quiet",
         "--dtype",
         "bf16",
@@ -258,6 +259,7 @@ def test_convert_hands_all_options_on(api: Api, weights: dict[str, Tensor]) -> N
         "exclude": ["n*"],
         "min_speedup": 1.5,
         "strict": True,
+        "functional": True,
         "progress": False,
     }
     model, (x, scale), _ = api.calls[0][1]
@@ -281,6 +283,7 @@ def test_convert_defaults(api: Api, weights: dict[str, Tensor]) -> None:
         "exclude": None,
         "min_speedup": 1.05,
         "strict": False,
+        "functional": False,
         "progress": True,
     }
 
@@ -397,7 +400,7 @@ def test_tune_a_convolution(api: Api) -> None:
     assert (conv.stride, conv.padding, conv.dilation) == ((1, 2, 2), (0, 1, 1), (2, 2, 2))
     assert conv.bias is not None
     assert conv.weight.dtype == x.dtype == torch.float64
-    assert x.shape == (2, 6, 4, 5, 6)
+    assert x.shape == (2, 6, 4, 5, 6) and x.requires_grad  # all three passes are tuned
     succeeds("tune", *["--channels", "6", "--size", "4", "--device", "cpu"])
     conv = api.calls[1][1][0].conv
     assert (conv.out_channels, conv.groups, conv.kernel_size, conv.bias) == (6, 6, (3, 3, 3), None)

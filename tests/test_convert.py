@@ -428,7 +428,7 @@ def test_report_survives_copies_and_files() -> None:
 def test_inspect_changes_nothing(chooser: FakeChooser) -> None:
     model = Net()
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    chooser.key = lambda problem: {"device_name": "none", "n": str(problem)}  # type: ignore[attr-defined]
+    chooser.key = lambda problem: {"device_name": "none", "n": str(problem)}  # type: ignore[method-assign]
     found = inspect(model, X)
     assert found.kind == "inspected" and [item.name for item in found.swapped] == GROUPED
     assert [item.source for item in found.swapped[0].calls[0].passes] == ["untuned"] * 3

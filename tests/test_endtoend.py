@@ -102,7 +102,7 @@ def test_without_gradients_there_is_no_training_step(how: str) -> None:
 
 
 class Sleepy(nn.Module):
-    """Its grouped convolution, a function call, takes one of every five milliseconds."""
+    """A function call is its grouped convolution, and most of its time is spent elsewhere."""
 
     def forward(self, x: Tensor) -> Tensor:
         time.sleep(0.008)
@@ -110,14 +110,14 @@ class Sleepy(nn.Module):
 
 
 def test_share_is_of_all_grouped_convolutions_and_of_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sampler(device: str) -> Any:
+    def sampler(device: torch.device) -> Any:
         def sample(call: Any) -> float:
             call()
             return 0.002
 
         return sample
 
-    monkeypatch.setattr(endtoend, "sampler", sampler)
+    monkeypatch.setattr(endtoend, "_sampler", sampler)
     step = measured(Sleepy(), torch.randn(1, 4, 3, 3, 3))["inference"]
     assert step.grouped_before == 0.002
     assert step.before.seconds >= 0.008
@@ -128,6 +128,16 @@ def test_share_is_of_all_grouped_convolutions_and_of_them_alone(monkeypatch: pyt
     assert measured(Net())["training"].grouped_before == pytest.approx(6 * 0.002)
     fast = measured(convert(Net(), X))["training"]
     assert fast.grouped_after == pytest.approx(6 * 0.002)
+
+
+def test_operators_are_timed_amid_the_step() -> None:
+    class Slow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.02)
+            return F.conv3d(x, torch.ones(16, 1, 5, 5, 5), groups=16)
+
+    step = measured(Slow(), torch.randn(1, 16, 8, 12, 12))["inference"]
+    assert 0 < step.grouped_before < step.before.seconds - 0.019
 
 
 def test_what_cannot_be_measured() -> None:
@@ -150,3 +160,10 @@ def test_what_cannot_be_measured() -> None:
     ):
         measure_steps(fast, X)
     assert isinstance(copy.copy(fast).down, Grouped)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    x = torch.randn(8, 3, 8, 28, 28, device="cuda")
+    for step in measured(convert(Net().cuda(), x), x).values():
+        assert step.share_after is not None and 0 < step.share_after < 1 and 0 < step.share_before < 1

@@ -524,3 +524,10 @@ def test_a_plan_has_the_choices_of_calls(tmp_path: Path, chooser: FakeChooser) -
     assert directions == ["forward", "grad_weight"]  # the input requires no gradient
     again = convert(Mixer(), plan=tmp_path / "plan.json", functional=True)
     assert the_call(again).converted and seen(again) == ["g3dswap"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    fast, x = convert(Net().cuda(), X.cuda(), functional=True), X.cuda()
+    assert seen(fast, x) == ["g3dswap", "g3dswap"]
+    assert verify(revert(copy.deepcopy(fast)), fast, x).check().ok

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import doctest
+import inspect
 import re
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+import torch
+from click.testing import CliRunner
 
 import g3dswap
+from g3dswap.bench import run
+from g3dswap.choice import Record
+from g3dswap.choose import Chooser, open_cache
 from g3dswap.cli import main
+from g3dswap.problem import Geometry
+from g3dswap.show import problem
+from tests.fakes import SCHEDULE, faked
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,7 +37,16 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("") for line in block.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("g3dswap ")]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("g3dswap ")] + [
+        words for words, _ in examples()
+    ]
+
+
+def examples() -> list[tuple[list[str], str]]:
+    """The commands that are shown with their output, and the output."""
+    (text,) = blocks("console")
+    parts = [part.partition("\n") for part in text.split("$ g3dswap ")[1:]]
+    return [(shlex.split(command), output) for command, _, output in parts]
 
 
 def test_first_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,8 +74,92 @@ def test_commands_parse(words: list[str], tmp_path: Path) -> None:
     command.make_context("g3dswap", words)
 
 
-def test_all_commands_are_shown() -> None:
-    assert {words[0] for words in commands()} == set(main.commands)
+def test_all_commands_are_shown_with_their_output() -> None:
+    assert {words[0] for words, _ in examples()} == set(main.commands)
+    assert all(output.strip(".\n") for _, output in examples())
+
+
+NETS = """
+from torch import nn
+def net():
+    return nn.Sequential(
+        nn.Conv3d(3, 16, 1), nn.Conv3d(16, 16, 3, padding=1, groups=16), nn.BatchNorm3d(16), nn.ReLU()
+    )
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the examples run: a model, its weights, and a cache; kernels are said to be faster, not tuned."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "nets.py").write_text(NETS)
+    import nets  # type: ignore[import-not-found]
+
+    torch.save({"state_dict": nets.net().state_dict()}, "model.pth")
+    shape = problem(
+        "forward", Geometry(16, 16, 16, (8, 28, 28), (3, 3, 3)), torch.float32, "contiguous", "cpu", False
+    )
+    cache = open_cache(None)
+    for direction in ("forward", "grad_input"):
+        key = Chooser(cache, "cached").key(dataclasses.replace(shape, direction=direction))
+        cache.put(key, Record(1, "quick", False, SCHEDULE, 1.0, 2.0, 1e-8, 1e-6).to_json())
+    with faked(monkeypatch) as fake:
+        fake.interrupted = False  # type: ignore[attr-defined]
+        monkeypatch.setattr(run, "Chooser", lambda cache, tune, progress: fake(cache, tune, 1.05, progress))
+        yield tmp_path
+    del sys.modules["nets"]
+
+
+def alike(text: str) -> str:
+    """Text in which numbers and units of time are all the same."""
+    text = re.sub(r"\d+(\.\d+)?(e[+-]\d+)?", "#", text)
+    return re.sub(r"(?<=# )(us|ms|s)\b", "s", text)
+
+
+def test_examples_print_what_is_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("g3dswap.endtoend.SHARES", 2)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    for words, wanted in examples():
+        command = main.commands[words[0]]
+        options = {name for parameter in command.params for name in parameter.opts}
+        more = ["--device", "cpu"] if "--device" in options else []
+        more += ["--seconds", "0.01"] if "--seconds" in options else []
+        more += ["--quiet"] if "--quiet" in options else []
+        result = CliRunner().invoke(main, [*words, *more], prog_name="g3dswap")
+        assert result.exit_code == 0, result.output
+        got = result.stdout
+        same = doctest.OutputChecker().check_output(alike(wanted), alike(got), flags)
+        assert same, f"{words}\n--- shown\n{wanted}\n--- printed\n{got}"
+    assert (folder / "fast.html").exists() and (folder / "x3d.json").exists()
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in g3dswap.__all__:
+        thing = getattr(g3dswap, name)
+        assert inspect.getdoc(thing), name
+        if not isinstance(thing, type):
+            unsaid = [
+                it for it in inspect.signature(thing).parameters if not re.search(rf"\b{it}\b", thing.__doc__)
+            ]
+            assert not unsaid, f"{name} does not say what {unsaid} are"
+            continue
+        for attribute, value in vars(thing).items():
+            value = getattr(value, "__func__", value)  # of a class method
+            if not attribute.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+                assert value.__doc__, f"{name}.{attribute}"
+
+
+def test_every_command_and_option_has_a_help() -> None:
+    pending: list[tuple[str, click.Command]] = [("g3dswap", main)]
+    while pending:
+        name, command = pending.pop()
+        assert command.help, name
+        pending += command.commands.items() if isinstance(command, click.Group) else ()
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.opts[0]}"
 
 
 def test_map_names_every_file_and_no_other() -> None:

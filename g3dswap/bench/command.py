@@ -57,8 +57,15 @@ FOR_NETWORKS = ("steps", "scale")
     type=click.Choice(list(DTYPE_NAMES)),
     help="By default float32; for networks also bfloat16, by autocast.",
 )
-@click.option("--layout", "layouts", type=LAYOUT_LIST, default=",".join(LAYOUTS), show_default=True)
-@click.option("--passes", type=PASS_LIST, default=",".join(DIRECTIONS), show_default=True)
+@click.option(
+    "--layout",
+    "layouts",
+    type=LAYOUT_LIST,
+    default=",".join(LAYOUTS),
+    show_default=True,
+    help="Memory formats, by commas.",
+)
+@click.option("--passes", type=PASS_LIST, default=",".join(DIRECTIONS), show_default=True, help="By commas.")
 @click.option(
     "--batch", type=click.IntRange(0), help="0: as the file says, the default on a GPU; on a CPU it is 1."
 )
