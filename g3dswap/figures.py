@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from g3dswap.entries import Step
 from g3dswap.quantities import duration
@@ -18,6 +18,7 @@ from g3dswap.shapes import Row, pass_name
 OURS, THEIRS, WITHIN = "#0072b2", "#d55e00", "#bbbbbb"
 SMALL = 7  # points
 PAGE = 8.5  # points, in the pictures of a page
+CROWDED = 500.0  # the ratio of the ends of a logarithmic axis from which on only decades are named
 WIDTH, LINE, MARGIN = 4.6, 0.27, 0.8  # inches: of a picture, of a line in it, above and below the lines
 LONGEST = 22  # letters of a layer's name beside a picture
 
@@ -63,7 +64,7 @@ def passes(rows: Sequence[Row], direction: str) -> str | None:
     axes.scatter(theirs, places, s=20, color=THEIRS, label="PyTorch", zorder=2)
     axes.scatter(ours, places, s=20, color=OURS, label="g3dswap", zorder=3)
     low, high = min(*ours, *theirs), max(*ours, *theirs)
-    axes.set_xlim(low / 1.6, high * (high / low) ** 0.3 * 1.8)  # room for the numbers
+    axes.set_xlim(low / 1.6, high * (high / low) ** 0.2 * 1.8)  # room for the numbers
     for place, line in enumerate(found):
         right = max(line.ours, line.theirs), place
         axes.annotate(line.text, right, (5, 0), textcoords="offset points", va="center", fontsize=PAGE)
@@ -89,7 +90,7 @@ def _line(row: Row, direction: str) -> Iterator[_Line]:
     choice = row.choice(direction)
     if choice is None or not choice.native_seconds:
         return
-    name, theirs = _short(row.names), 1e3 * choice.native_seconds
+    name, theirs = _label(row), 1e3 * choice.native_seconds
     if choice.native:
         yield _Line(name, theirs, theirs, "kept")
     elif choice.seconds:
@@ -106,8 +107,11 @@ def finish(
     """What all pictures have in common: a title, numbers below by the pattern, and few lines."""
     axes.set_title(title, fontsize=size + 2, loc=side)
     if axes.get_xscale() == "log":
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < CROWDED else (1,)))
         axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: pattern.format(value)))
     axes.tick_params(axis="x", labelsize=size)
     axes.tick_params(axis="y", length=0)
@@ -137,9 +141,11 @@ def _figure(lines: int) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _short(name: str) -> str:
-    name = name.partition(" ... ")[0]  # the first of several
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+def _label(row: Row) -> str:
+    """The end of the first name, where names differ, and how many there are."""
+    name = row.members[0]
+    name = name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+    return name if len(row.members) == 1 else f"{len(row.members)} x {name}"
 
 
 def _svg(figure: Figure, salt: str) -> str:

@@ -18,7 +18,9 @@ class Row:
     outcome: str
     """``swapped``, ``kept``, or ``converted`` for function calls."""
     names: str
-    count: int
+    """Of the first and the last."""
+    members: tuple[str, ...]
+    """All names."""
     geometry: Layer
     call: Call | None
     """None where the model did not run."""
@@ -47,7 +49,7 @@ def rows(swapped: Sequence[Swapped], kept: Sequence[Kept], functional: Sequence[
     for layer_kept in kept:
         add("kept", layer_kept, layer_kept.reason, None)
     made = [
-        Row(outcome, names(items), len(items), geometry, call, note, verified)
+        Row(outcome, names(items), tuple(item.name for item in items), geometry, call, note, verified)
         for (outcome, geometry, call, note, verified), items in found.items()
     ]
     return sorted(made, key=lambda row: ("swapped", "converted", "kept").index(row.outcome))

@@ -143,7 +143,7 @@ def test_function_calls_say_what_became_of_them(monkeypatch: pytest.MonkeyPatch)
 
 def test_rows_put_equal_shapes_together() -> None:
     rows = full().rows
-    assert [(row.outcome, row.names, row.count) for row in rows] == [
+    assert [(row.outcome, row.names, len(row.members)) for row in rows] == [
         ("swapped", "2 x layer1.0.conv2 ... layer1.1.conv2", 2),
         ("swapped", "late", 1),
         ("converted", "fast", 1),
