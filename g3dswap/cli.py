@@ -28,11 +28,9 @@ from g3dswap.options import (
     cache_option,
     clean_stdout,
     emit,
-    end_to_end_option,
     force_option,
     json_option,
     print_table,
-    report_option,
     shape_options,
     source_options,
     tuning_options,
@@ -55,6 +53,16 @@ def main() -> None:
 
 for _command in (bench, cache, show, env):
     main.add_command(_command)
+
+report_option = click.option(
+    "--report",
+    "report_file",
+    type=PATH,
+    help="Write the report to this file too: .html is a page with plots, .md Markdown, .json data.",
+)
+end_to_end_option = click.option(
+    "--end-to-end", is_flag=True, help="Time whole steps of the model too, before and after."
+)
 
 
 @main.command()

@@ -395,12 +395,3 @@ def clean_stdout() -> Iterator[None]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 force_option = click.option("--force", is_flag=True, help="Replace files that exist.")
-report_option = click.option(
-    "--report",
-    "report_file",
-    type=PATH,
-    help="Write the report to this file too: .html is a page with plots, .md Markdown, .json data.",
-)
-end_to_end_option = click.option(
-    "--end-to-end", is_flag=True, help="Time whole steps of the model too, before and after."
-)
