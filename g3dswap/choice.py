@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, PlanError, ScheduleError
-from .problem import DTYPES, Geometry, Problem, dtype_name
+from .problem import ACTIVATIONS, DTYPES, Geometry, Problem, dtype_name
 from .tc.schedule import Schedule
 from .tc.trial import Result
 from .workload import Candidate
@@ -109,6 +109,8 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
         "precision": problem.precision,
         "deterministic": problem.deterministic,
         "transposed": problem.transposed,
+        # Only where there is one: other plans and requests stay as they were.
+        **({"activation": problem.activation} if problem.activation else {}),
     }
 
 
@@ -122,6 +124,7 @@ def problem_from_json(data: Mapping[str, Any]) -> Problem:
     dtypes: dict[str, torch.dtype] = {dtype_name(dtype): dtype for dtype in DTYPES}
     dtype = dtypes[_one_of(fields.pop("dtype"), tuple(dtypes))]
     _one_of(fields["device"], ("cpu", "cuda"))
+    _one_of(fields.get("activation", ""), ("", *ACTIVATIONS))
     for flag in ("bias", "deterministic", "transposed"):
         if not isinstance(fields[flag], bool):
             raise ValueError(f"{flag} is {fields[flag]!r}")

@@ -4,7 +4,7 @@ n batch, g group, c input channel in the group, f filter in the group, t h w spa
 S stride, P padding, D dilation.  A reference outside its tensor reads as zero.
 
 A transposed convolution computes forward what the convolution of the same weight computes as its input's
-gradient, and may add a bias to it.
+gradient, and may add a bias to it. What a forward pass applies to its result is one more statement.
 """
 
 from __future__ import annotations
@@ -54,6 +54,18 @@ def grad_weight(float(N,G,F,TO,HO,WO) dO, float(N,G,C,T,H,W) I) -> (dK) {
 }
 """
 
+ACTIVATIONS = {
+    "relu": "fmax({y}, 0)",
+    "silu": "{y} / (1 + exp(-{y}))",
+    "gelu": "0.5 * {y} * (1 + erf({y} / sqrt(2)))",
+    "gelu_tanh": "0.5 * {y} * (1 + tanh(0.7978845608028654 * ({y} + 0.044715 * {y} * {y} * {y})))",
+    "hardswish": "{y} * fmin(fmax({y} + 3, 0), 6) / 6",
+}
+"""The activations of ``problem.ACTIVATIONS`` in the notation; ``{y}`` is the result."""
+
+RESULTS = {"forward": "O(n,g,f,t,h,w)", "grad_input": "dI(n,g,c,t,h,w)"}
+"""What the passes write that may be a layer's forward pass."""
+
 BATCH = "N"
 
 
@@ -64,11 +76,17 @@ def _parsed(text: str) -> Comprehension:
 
 def comprehension(problem: Problem) -> Comprehension:
     """The notation of a problem's pass."""
+    if problem.direction == "grad_weight":
+        return _parsed(GRAD_WEIGHT)
     if problem.direction == "forward":
-        return _parsed(FORWARD_BIAS if problem.bias else FORWARD)
-    if problem.direction == "grad_input":
-        return _parsed(GRAD_INPUT_BIAS if problem.bias else GRAD_INPUT)
-    return _parsed(GRAD_WEIGHT)
+        text = FORWARD_BIAS if problem.bias else FORWARD
+    else:
+        text = GRAD_INPUT_BIAS if problem.bias else GRAD_INPUT
+    if problem.activation:
+        result = RESULTS[problem.direction]
+        statement = f"{result} = {ACTIVATIONS[problem.activation].format(y=result)}"
+        text = text.rstrip().removesuffix("}") + f"  {statement}\n}}\n"
+    return _parsed(text)
 
 
 def nest(problem: Problem) -> Nest:

@@ -13,10 +13,12 @@ convolution's grad_output, and the gradient of what it returns is the convolutio
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import _C, Tensor
 
 from .errors import ArgumentError
@@ -32,6 +34,18 @@ FLOORS = {
     torch.float16: torch.finfo(torch.float16).eps / 2,
 }
 
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "relu": (torch.relu, torch.relu_),
+    "silu": (F.silu, partial(F.silu, inplace=True)),
+    "gelu": (F.gelu, torch.ops.aten.gelu_.default),
+    "gelu_tanh": (
+        partial(F.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_.default, approximate="tanh"),
+    ),
+    "hardswish": (F.hardswish, partial(F.hardswish, inplace=True)),
+}
+"""PyTorch's functions for the activations of a problem, and the same in place."""
+
 _CUDNN_CONV = ("cuda", "conv")  # where PyTorch keeps the TF32 switch of torch.backends.cudnn.conv
 
 
@@ -46,10 +60,11 @@ def problem(
     groups: int,
     transposed: bool = False,
     output_padding: Sequence[int] = (0, 0, 0),
+    activation: str = "",
 ) -> Problem:
     """The problem that a layer's pass ``name`` on these 5-D tensors poses under PyTorch's present switches.
 
-    The bias counts in a forward pass only.
+    The bias and the activation count in a forward pass only.
     """
     kind = input.device.type
     layout = output_format(input, weight, stride, dilation, groups)
@@ -76,6 +91,7 @@ def problem(
         precision=precision(input.dtype, kind),
         deterministic=deterministic(kind),
         transposed=transposed,
+        activation=activation if name == "forward" else "",
     )
 
 
@@ -252,8 +268,21 @@ def _suggests_channels_last(x: Tensor) -> bool:
     return True
 
 
+def activate(activation: str, out: Tensor, inplace: bool = False) -> Tensor:
+    """An activation of a problem ("": none) by PyTorch's function."""
+    return _ACTIVATIONS[activation][inplace](out) if activation else out
+
+
 def forward(problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's forward pass, without the detours of ``run``: it is on the path of every call."""
+    """The layer's forward pass, without the detours of ``run``: it is on the path of every call.
+
+    The activation is applied in place, which autograd would not allow.
+    """
+    return activate(problem.activation, _convolution(problem, input, weight, bias), inplace=True)
+
+
+def _convolution(problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same without the activation."""
     g = problem.geometry
     if problem.transposed:
         options = g.stride, g.padding, g.dilation, True, g.output_padding, g.groups
@@ -263,7 +292,7 @@ def forward(problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None
         # result is the bias or zero, so the detour over fp32 changes no bit of it.
         bias = None if bias is None else bias.float()
         wide = replace(problem, dtype=torch.float32)
-        return forward(wide, input.float(), weight.float(), bias).to(input.dtype)
+        return _convolution(wide, input.float(), weight.float(), bias).to(input.dtype)
     return torch.convolution(input, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0, 0), g.groups)
 
 

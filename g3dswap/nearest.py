@@ -9,8 +9,11 @@ from typing import Any
 
 from .tc.cache import Cache, Entry
 
-FIELDS = ("size", "threads", "compiler", "generator", "device_name")
-"""Of the key, in which a similar entry may differ; the capability of the device is the same."""
+FIELDS = ("size", "threads", "compiler", "generator", "device_name", "bias", "activation")
+"""Of the key, in which a similar entry may differ: a schedule does not depend on what follows the sum.
+
+The capability of the device is the same.
+"""
 
 TWINS = {"float16": "bfloat16", "bfloat16": "float16"}
 """Types that ask the same of a kernel."""

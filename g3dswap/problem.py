@@ -22,6 +22,7 @@ Triple = tuple[int, int, int]
 DIRECTIONS = ("forward", "grad_input", "grad_weight")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
 PRECISIONS = ("ieee", "tf32")
+ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh", "hardswish")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -137,7 +138,8 @@ class Problem:
     weight: its forward pass is the direction "grad_input", its input's gradient is "forward", and in its
     weight's gradient input and output change places. What our kernel computes is the same; PyTorch has
     other kernels for it. ``bias`` is true only where the layer's forward pass adds one; the bias's
-    gradient is a plain sum and no problem of its own.
+    gradient is a plain sum and no problem of its own. ``activation``, one of ACTIVATIONS, is what a forward
+    pass applies to its result in the same kernel; "" for nothing.
     """
 
     direction: str
@@ -149,9 +151,15 @@ class Problem:
     precision: str = "ieee"
     deterministic: bool = False
     transposed: bool = False
+    activation: str = ""
 
     def __post_init__(self) -> None:
-        for name, known in (("direction", DIRECTIONS), ("layout", tuple(LAYOUTS)), ("precision", PRECISIONS)):
+        for name, known in (
+            ("direction", DIRECTIONS),
+            ("layout", tuple(LAYOUTS)),
+            ("precision", PRECISIONS),
+            ("activation", ("", *ACTIVATIONS)),
+        ):
             if getattr(self, name) not in known:
                 value = getattr(self, name)
                 raise ArgumentError(f"{name}={value!r} is unknown; use one of {', '.join(known)}.")
@@ -160,6 +168,10 @@ class Problem:
             raise ArgumentError(f"dtype {dtype_name(self.dtype)} has no kernels; use one of {names}.")
         if self.bias and self.layer_pass != "forward":
             raise ArgumentError(f"bias=True in a {self.layer_pass} pass: only a forward pass adds a bias.")
+        if self.activation and self.layer_pass != "forward":
+            raise ArgumentError(
+                f"activation={self.activation!r} in a {self.layer_pass} pass: only a forward pass has one."
+            )
 
     @property
     def layer_pass(self) -> str:
@@ -182,7 +194,7 @@ class Problem:
         """Floating-point operations of the direct algorithm, padding counted as if it were data.
 
         All three passes do the same multiply-adds: 2 * N * F * (C / groups) * KT*KH*KW * TO*HO*WO.
-        Adding the bias is not counted.
+        Adding the bias and the activation are not counted.
         """
         g = self.geometry
         return 2 * prod(g.output_shape(batch)) * (g.in_channels // g.groups) * prod(g.kernel)
@@ -224,6 +236,7 @@ class Problem:
             "deterministic": self.deterministic,
             # Only where it is so: what was tuned for plain convolutions keeps its key.
             **({"transposed": True} if self.transposed else {}),
+            **({"activation": self.activation} if self.activation else {}),
             **device_facts(self.device, _index(self.device, device)),
             **(versions or {}),
         }
@@ -233,6 +246,7 @@ class Problem:
         extras += ["bias"] if self.bias else []
         extras += ["deterministic"] if self.deterministic else []
         extras += ["transposed"] if self.transposed else []
+        extras += [self.activation] if self.activation else []
         return ", ".join(
             [f"{self.direction} {self.geometry}", dtype_name(self.dtype), self.layout, self.device, *extras]
         )

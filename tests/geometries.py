@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import grad as conv_grad
 
 from g3dswap.errors import ArgumentError
-from g3dswap.problem import DTYPES, Geometry, Problem
+from g3dswap.native import activate
+from g3dswap.problem import ACTIVATIONS, DTYPES, Geometry, Problem
 from g3dswap.tc.nest import Nest
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -50,13 +51,15 @@ def cases(draw: st.DrawFn, longest: int = 9, dtypes: tuple[torch.dtype, ...] = D
         assume(False)
         raise
     direction = draw(st.sampled_from(["forward", "grad_input", "grad_weight"]))
+    forward = direction != "grad_weight"
     problem = Problem(
         direction,
         geometry,
         draw(st.sampled_from(dtypes)),
         draw(st.sampled_from(["contiguous", "channels_last_3d"])),
-        bias=direction != "grad_weight" and draw(st.booleans()),
+        bias=forward and draw(st.booleans()),
         transposed=direction == "grad_input",  # the layer for which that is a forward pass
+        activation=draw(st.sampled_from(["", "", *ACTIVATIONS])) if forward else "",
     )
     return Case(problem, draw(st.integers(1, 3)), draw(st.integers(0, 2**31)))
 
@@ -86,12 +89,15 @@ def expected(case: Case, tensors: list[Tensor]) -> Tensor:
     geometry = case.problem.geometry
     wide = [t.double().contiguous() for t in tensors]
     rest = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    if case.problem.direction == "grad_weight":
+        return conv_grad.conv3d_weight(wide[1], geometry.weight_shape(), wide[0], *rest)
     if case.problem.direction == "forward":
-        return torch.nn.functional.conv3d(wide[0], wide[1], wide[2] if case.problem.bias else None, *rest)
-    if case.problem.direction == "grad_input":
-        grad = conv_grad.conv3d_input(geometry.input_shape(case.batch), wide[1], wide[0], *rest)
-        return grad + wide[2].view(-1, 1, 1, 1) if case.problem.bias else grad
-    return conv_grad.conv3d_weight(wide[1], geometry.weight_shape(), wide[0], *rest)
+        out = torch.nn.functional.conv3d(wide[0], wide[1], None, *rest)
+    else:
+        out = conv_grad.conv3d_input(geometry.input_shape(case.batch), wide[1], wide[0], *rest)
+    if case.problem.bias:
+        out = out + wide[2].view(-1, 1, 1, 1)
+    return activate(case.problem.activation, out)
 
 
 def arrays(nest: Nest, tensors: list[Tensor], batch: int) -> dict[str, NDArray[Any]]:

@@ -17,6 +17,7 @@ from ..errors import NestError
 from .buffers import Buffer, Flat, make_buffer
 from .linear import Linear
 from .nest import Access, Nest, digits
+from .pointwise import evaluate
 
 CHUNK = 1 << 20
 
@@ -60,6 +61,8 @@ def interpret(nest: Nest, arrays: Mapping[str, Floats], batch: int = 1) -> Float
     for addend in nest.addends:
         index, inside = _locate(nest, addend, whole, batch)
         result = result + np.where(inside, arrays[addend.tensor][index], 0.0)
+    for expr in nest.pointwise:
+        result = evaluate(expr, result)
     return result
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..errors import NotationError
 from .nest import Access, Axis, Index, Nest, Tensor, verify
-from .ranges import affine, bind
+from .pointwise import simplified
+from .ranges import Range, affine, bind
 from .syntax import Binary, Comprehension, Expr, Ref, Statement
 
 
@@ -19,7 +20,7 @@ def lower(
     batch: str | None = None,
     precision: str = "ieee",
 ) -> Nest:
-    """The nest of a comprehension: a contraction, and sums added to its result.
+    """The nest of a comprehension: a contraction, sums added to its result, and functions of that.
 
     Args:
         sizes: the value of every size but `batch`.
@@ -28,7 +29,8 @@ def lower(
         precision: "ieee" or "tf32", what a matrix unit may do with float32 factors.
 
     Raises:
-        NotationError: statements of another form than `+=!` of a product, then sums added to it.
+        NotationError: statements of another form than `+=!` of a product, then sums added to it, then
+            expressions of the result alone (`O(i) = fmax(O(i), 0)`).
         RangeError: see `ranges.bind`.
     """
     bound = bind(comprehension, {**sizes, **({batch: 1} if batch else {})})
@@ -38,6 +40,7 @@ def lower(
             f"'{first}' does not begin with '+=!', which a nest needs; write the contraction first."
         )
     ranges = bound.ranges[0]
+    sums, pointwise = _epilogue(rest, first.target, bound.ranges)
     known = {name: 1 for name in (batch,) if name} | dict(sizes)
 
     def access(ref: Ref) -> Access:
@@ -78,10 +81,29 @@ def lower(
             axes,
             output,
             tuple(access(ref) for ref in _product(first)),
-            tuple(access(ref) for statement in rest for ref in _addends(statement, first.target)),
+            tuple(access(ref) for statement in sums for ref in _addends(statement, first.target)),
+            tuple(simplified(statement.value, sizes) for statement in pointwise),
             precision=precision,
         ).unscheduled()
     )
+
+
+def _epilogue(
+    rest: Sequence[Statement], target: Ref, ranges: Sequence[Mapping[str, Range]]
+) -> tuple[list[Statement], list[Statement]]:
+    """What follows the contraction: the sums, and the functions of the result."""
+    sums: list[Statement] = []
+    pointwise: list[Statement] = []
+    for statement, own in zip(rest, ranges[1:]):
+        if any(own[index] != ranges[0].get(index) for index in map(str, statement.target.indices)):
+            raise NotationError(f"'{statement}' covers a part of {target}; an epilogue covers all of it.")
+        if statement.op == "=" and statement.target == target and set(statement.reads()) == {target}:
+            pointwise.append(statement)
+        elif pointwise:
+            raise NotationError(f"'{statement}' adds to what '{pointwise[-1]}' made; add before that.")
+        else:
+            sums.append(statement)
+    return sums, pointwise
 
 
 def _operands(expr: Expr, op: str, statement: Statement, rule: str) -> list[Ref]:

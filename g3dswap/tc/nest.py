@@ -3,7 +3,8 @@
 The whole grammar::
 
     nest    ::= output += factor * factor                 the contraction, over all axes
-                output += addend + ...                    the epilogue, once the reductions are done
+                output += addend + ...                    the epilogue, once the reductions are done:
+                output = pointwise                        sums first, then functions of the result alone
                 with axes, fused axes, loops, stages
     axis    ::= name in [0, extent), parallel or reduce   extent None: the batch, known at run time
     fused   ::= name = (axis, ...)                        row-major flattening; inner extents may be padded
@@ -14,11 +15,15 @@ The whole grammar::
                 an inexact division or an index outside its tensor makes the whole term zero
     loop    ::= axis-digit = step * [0, count)  bind      grid | serial | unroll | lanes | rows | cols | depth
     stage   ::= tensor inside loops[:level]               copy the footprint of the inner loops to a buffer
+    pointwise ::= number | output(index, ...)             operators and functions as in the notation
+                | -pointwise | pointwise operator pointwise | function(pointwise, ...)
 
 An axis's value is the sum of its digits.  Digits may overshoot the extent (the product of counts is a
 multiple of the tile); such iterations contribute nothing and store nothing.  `unroll`, `lanes` and the
 three axes of a matrix product form the register tile, and all of them stand at the end of `loops`; an
-`unroll` further out repeats the code.  An unscheduled nest has one serial loop for each axis.
+`unroll` further out repeats the code.  A reduction on the grid leaves partial results, of which no function
+is to be taken: a nest with pointwise expressions has none.  An unscheduled nest has one serial loop for
+each axis.
 """
 
 from __future__ import annotations
@@ -29,6 +34,8 @@ from typing import Any
 
 from ..errors import NestError
 from .linear import Linear
+from .pointwise import fault
+from .syntax import Expr
 
 BINDS = ("grid", "serial", "unroll", "lanes", "rows", "cols", "depth")
 TILE_BINDS = ("unroll", "lanes", "rows", "cols", "depth")
@@ -139,6 +146,7 @@ class Nest:
     output: Access
     factors: tuple[Access, ...]
     addends: tuple[Access, ...] = ()
+    pointwise: tuple[Expr, ...] = ()
     loops: tuple[Loop, ...] = ()
     fused: tuple[Fused, ...] = ()
     stages: tuple[Stage, ...] = ()
@@ -245,6 +253,7 @@ class Nest:
                 indent += " "
         lines.append(f"{indent}{self.output} += {' * '.join(map(str, self.factors))}")
         lines.extend(f"  {self.output} += {addend}" for addend in self.addends)
+        lines.extend(f"  {self.output} = {expr}" for expr in self.pointwise)
         return "\n".join(lines)
 
 
@@ -286,6 +295,9 @@ def verify(nest: Nest) -> Nest:
         _require(not any(nest.axis(a).reduce for a in access.axes), nest, "{} depends on a reduction", access)
     parallel = {a.name for a in nest.axes if not a.reduce}
     _require(nest.output.axes == parallel, nest, "the output is not indexed by exactly the parallel axes")
+    for expr in nest.pointwise:
+        wrong = fault(expr, str(nest.output))
+        _require(wrong is None, nest, "{}", wrong)
     return verify_loops(nest)
 
 
@@ -313,6 +325,8 @@ def verify_loops(nest: Nest) -> Nest:
     )
     for name in looped:
         _verify_digits(nest, name)
+    whole = not nest.pointwise or not nest.partial_loops
+    _require(whole, nest, "a pointwise expression of a sum that is split over the grid")
     grids = sum(loop.bind == "grid" for loop in nest.loops)
     start, accumulate = nest.tile_start, nest.accumulate_from
     for loop in nest.loops:

@@ -17,6 +17,7 @@ from .copies_cpp import MEMORY_TYPES, CopyPrinter
 from .linear import Linear
 from .nest import Access, Nest
 from .place import Env, Guard, Place, Placer
+from .pointwise_cpp import pointwise_cpp
 from .prelude_cpp import prelude
 
 Pointers = dict[tuple[str, tuple[tuple[str, int], ...]], str]
@@ -90,7 +91,8 @@ class _Printer(CopyPrinter):
         self.emit("return failed;")
         head = f"// {nest.name}\n" + "".join(f"// {line}\n" for line in str(nest).splitlines()[1:])
         signature = 'extern "C" int run(const void* const* operands, void* out, int64_t batch, int threads) {'
-        return "\n".join([head + prelude(self.compute, self.width), signature, *self.lines, "}", ""])
+        start = head + prelude(self.compute, self.width) + pointwise_cpp(nest, self.compute)
+        return "\n".join([start, signature, *self.lines, "}", ""])
 
     def scratch(self) -> None:
         """One allocation a thread for all buffers, each on its own cache line."""
@@ -361,6 +363,9 @@ class _Printer(CopyPrinter):
             name = total
         for addend in self.nest.addends:
             self.add(name, addend, point)
+        if self.nest.pointwise:
+            whole = f"pointwise({f'V{{}} + {name}' if self.lane_reduces else name})"
+            self.emit(f"{name} = {f'first({whole})' if self.lane_reduces else whole};")
         if not place.lanes:
             self.emit(f"narrow({address}, {name if self.lane_reduces else f'first({name})'});")
         elif place.tail is not None:

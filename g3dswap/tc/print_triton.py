@@ -15,6 +15,7 @@ from ..errors import ScheduleError
 from .nest import VECTOR_BINDS, Access, Loop, Nest
 from .place import Env
 from .place_nd import Spot
+from .pointwise_triton import pointwise_triton
 from .triton_text import Expressions, parts
 from .words import Word, word
 
@@ -305,7 +306,7 @@ class _Printer:
             self.write_out(spot, value)
 
     def total(self, value: str, point: Env) -> str:
-        """An accumulator's value summed over the lanes of reductions, with the addends."""
+        """An accumulator's value summed over the lanes of reductions, with the epilogue."""
         if len(self.sums) == len(self.write.dims) > 0:
             value = self.outcome(f"tl.sum({value})")
         else:
@@ -313,7 +314,7 @@ class _Printer:
                 value = self.outcome(f"tl.sum({value}, axis={dim}, keep_dims=True)")
         for addend in self.nest.addends:
             value = self.add(value, addend, point)
-        return value
+        return pointwise_triton(self.nest, value, self.compute, self.result)
 
     def write_out(self, spot: Spot, value: str, base: str = "") -> None:
         pointer = self.write.pointer(spot, "", self.shift(), base)

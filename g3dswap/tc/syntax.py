@@ -26,7 +26,7 @@ DTYPES = (
 """Element types, with TC's names for them."""
 
 FUNCTIONS = {"exp": 1, "log": 1, "sqrt": 1, "tanh": 1, "erf": 1, "fabs": 1, "fmax": 2, "fmin": 2}
-"""Pointwise functions and how many arguments each takes."""
+"""Pointwise functions and how many arguments each takes; fmax and fmin of a NaN are NaN."""
 
 KEYWORDS = ("def", "where", "in")
 OPERATORS = ("=", "+=", "+=!")

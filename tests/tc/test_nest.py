@@ -58,7 +58,21 @@ def test_an_exact_division_survives_lowering() -> None:
         ("def f(float(N) A) -> (O) { O(i) = A(i) }", "does not begin with '\\+=!'"),
         ("def f(float(N) A, float(N) B) -> (O) { O(i) +=! A(i) + B(i) }", "is not a product of tensors"),
         ("def f(float(N) A) -> (O) { O(i) +=! A(i) \n O(i) = O(i) * A(i) }", "is not a sum of tensors"),
-        ("def f(float(N) A) -> (O) { O(i) +=! A(i) \n O(i) = O(i) + O(i) }", "does not add to"),
+        ("def f(float(N) A) -> (O) { O(i) +=! A(i) \n O(i) = A(i) + A(i) }", "does not add to"),
+        (
+            "def f(float(N) A) -> (O) { O(i) +=! A(i) \n O(i) = exp(O(i)) \n O(i) = O(i) + A(i) }",
+            "'O\\(i\\) = O\\(i\\) \\+ A\\(i\\)' adds to what 'O\\(i\\) = exp\\(O\\(i\\)\\)' made; add before",
+        ),
+        (
+            "def f(float(N) A) -> (O) { O(i) +=! A(i) \n O(i) = exp(O(i)) where i in 0:2 }",
+            "covers a part of O\\(i\\)",
+        ),
+        (
+            "def f(float(N) A) -> (O) { O(i) +=! A(i) \n O(i) = O(i) + A(i) where i in 1:N }",
+            "covers a part of O\\(i\\)",
+        ),
+        ("def f(float(N) A) -> (O) { O(i) +=! A(i) \n O(i) = O(i) + log(0) }", "'log\\(0\\)' is -inf"),
+        ("def f(float(N) A) -> (O) { O(i) +=! A(i) \n O(i) = O(i) + i }", "'i' is an index, no number"),
     ],
 )
 def test_what_is_no_contraction_with_sums_is_refused(text: str, message: str) -> None:
