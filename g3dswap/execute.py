@@ -28,7 +28,10 @@ _MOST_CHOICES = 10_000
 
 
 class Conf(NamedTuple):
-    """What a call of a layer says beside its tensors, in the order of the operators' schemas."""
+    """What a call of a layer says beside its tensors, in the order of the operators' schemas.
+
+    These are for all three passes. The forward operator has one argument more, the activation.
+    """
 
     stride: Ints
     padding: Ints
@@ -56,24 +59,30 @@ def conf_of(
     )
 
 
+def parted(given: Sequence[Any]) -> tuple[Conf, str]:
+    """What a call of the forward operator says beside its tensors, and the activation of its result."""
+    return conf_of(*given[:8]), given[8] if len(given) > 8 else ""
+
+
 def conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any) -> Tensor:
     """The forward kernel on real CPU and CUDA tensors."""
-    shape, conf = input.shape, conf_of(*given)
+    shape = input.shape
+    conf, activation = parted(given)
     if len(shape) == 5 and shape[0]:
         key = (
             "forward", shape[1:], input.stride(), input.dtype, input.device,
             weight.shape, weight.stride(), weight.dtype, weight.device,
             None if bias is None else (bias.shape, bias.dtype, bias.device),
-            conf, native.switch_state(input.is_cpu),
+            conf, activation, native.switch_state(input.is_cpu),
         )  # fmt: skip
-        choice = _choices.get(key) or _choose(key, "forward", input, weight, bias, conf)
+        choice = _choices.get(key) or _choose(key, "forward", input, weight, bias, conf, activation=activation)
         if choice is not None:
             if choice.is_native:
                 return native.forward(choice.problem, input, weight, bias)
             return _run(choice, input, weight, bias)
     elif len(shape) == 4 and weight.dim() == 5:
-        return conv3d(input.unsqueeze(0), weight, bias, *conf).squeeze(0)
-    return pytorch(input, weight, bias, conf)
+        return conv3d(input.unsqueeze(0), weight, bias, *conf, activation).squeeze(0)
+    return pytorch(input, weight, bias, conf, activation)
 
 
 def conv3d_backward(
@@ -133,13 +142,17 @@ def _run(choice: Choice, *tensors: Tensor | None) -> Tensor:
     )
 
 
-def pytorch(input: Tensor, weight: Tensor, bias: Tensor | None, conf: Conf) -> Tensor:
-    """The layer by PyTorch's function."""
+def pytorch(
+    input: Tensor, weight: Tensor, bias: Tensor | None, conf: Conf, activation: str = ""
+) -> Tensor:
+    """The layer by PyTorch's functions."""
     stride, padding, dilation, groups = conf[:4]
     if conf.transposed:
         extra = conf.output_padding
-        return torch.conv_transpose3d(input, weight, bias, stride, padding, extra, groups, dilation)
-    return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
+        out = torch.conv_transpose3d(input, weight, bias, stride, padding, extra, groups, dilation)
+    else:
+        out = torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
+    return native.activate(activation, out)
 
 
 def pytorch_backward(
@@ -160,13 +173,15 @@ def _choose(
     bias: Tensor | None,
     conf: Conf,
     grad_output: Tensor | None = None,
+    activation: str = "",
 ) -> Choice | None:
     """The choice for a call that is not in the dictionary yet; None where PyTorch has to judge the call."""
     if not covered(input, weight, bias, conf, grad_output):
         return None
     if input.is_cuda and torch.cuda.is_current_stream_capturing():
         return None  # nothing can be compiled, measured or checked inside a CUDA graph
-    problem = native.problem(name, input, weight, bias, *conf[:4], conf.transposed, conf.output_padding)
+    more = conf.transposed, conf.output_padding, activation
+    problem = native.problem(name, input, weight, bias, *conf[:4], *more)
     choice = choose.resolve(problem, input.shape[0], conf.tune, conf.cache)
     if len(_choices) >= _MOST_CHOICES:  # a model that sees ever new sizes
         _choices.clear()

@@ -42,6 +42,9 @@ class Grouped(nn.Module):
     plain: ClassVar[type[nn.Module]]
     """The class of PyTorch's that it stands for."""
 
+    activation: str = ""
+    """What is applied to the result, one of ``problem.ACTIVATIONS``; see ``fused``."""
+
     tune: str
     cache: str | None
 
@@ -66,20 +69,20 @@ class Grouped(nn.Module):
         ArgumentError where that is not possible: for subclasses, parametrized or weight-normed layers,
         and layers whose forward was replaced.
         """
-        tune, cache = _checked(tune, cache)
+        tune, cache = checked(tune, cache)
         if type(conv) is not cls.plain:
             name = cls.plain.__name__
             raise ArgumentError(
                 f"{type(conv).__name__} is not exactly nn.{name} and may compute something else; "
                 f"convert only plain nn.{name} layers."
             )
-        module = _moved(conv, cls, share)
+        module = moved(conv, cls, share)
         module.tune, module.cache = tune, cache
         return module
 
     def to_conv(self, *, share: bool = True) -> Any:
         """The way back: PyTorch's layer to stand in this module's place, as ``from_conv`` does."""
-        conv = _moved(self, self.plain, share)
+        conv = moved(self, self.plain, share)
         del conv.__dict__["tune"], conv.__dict__["cache"]
         return conv
 
@@ -94,8 +97,8 @@ class Grouped(nn.Module):
         """The operator; transposed where there is an ``output_padding``."""
         module: Any = self
         geometry = module.stride, padding, module.dilation, self.groups
-        more = () if output_padding is None else (True, output_padding)
-        return op.call(input, weight, bias, *geometry, self.tune, self.cache or "", *more)
+        more = (False, op.ZEROS) if output_padding is None else (True, output_padding)
+        return op.call(input, weight, bias, *geometry, self.tune, self.cache or "", *more, self.activation)
 
     def _raise(self, error: Exception, input: Any, weight: Tensor) -> NoReturn:
         """Say what is wrong with an input that PyTorch refused, in one sentence; or pass its error on."""
@@ -154,7 +157,7 @@ class Grouped3D(Grouped, nn.Conv3d):
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         _check_groups(in_channels, out_channels, groups)
-        tune, cache = _checked(tune, cache)
+        tune, cache = checked(tune, cache)
         nn.Conv3d.__init__(
             self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype,  # type: ignore[arg-type]  # the constructor checks the mode
@@ -203,7 +206,7 @@ class Grouped3DTranspose(Grouped, nn.ConvTranspose3d):
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         _check_groups(in_channels, out_channels, groups)
-        tune, cache = _checked(tune, cache)
+        tune, cache = checked(tune, cache)
         nn.ConvTranspose3d.__init__(
             self, in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
             dilation, padding_mode, device, dtype,  # type: ignore[arg-type]  # the constructor checks the mode
@@ -241,7 +244,7 @@ def _check_groups(in_channels: int, out_channels: int, groups: int) -> None:
             )
 
 
-def _checked(tune: str, cache: str | os.PathLike[str] | None) -> tuple[str, str | None]:
+def checked(tune: str, cache: str | os.PathLike[str] | None) -> tuple[str, str | None]:
     if tune not in TUNE:
         raise ArgumentError(f"tune={tune!r} is unknown; use one of {', '.join(TUNE)}.")
     if cache is not None and not isinstance(cache, str | os.PathLike):
@@ -249,7 +252,7 @@ def _checked(tune: str, cache: str | os.PathLike[str] | None) -> tuple[str, str 
     return tune, None if cache is None else os.fspath(cache)
 
 
-def _moved(module: nn.Module, cls: type[_Moved], share: bool) -> _Moved:
+def moved(module: nn.Module, cls: type[_Moved], share: bool) -> _Moved:
     """The module as one of class ``cls``, without running a constructor."""
     own = module.__dict__
     replaced = sorted({"forward", "_conv_forward"} & own.keys())
@@ -266,12 +269,12 @@ def _moved(module: nn.Module, cls: type[_Moved], share: bool) -> _Moved:
     if not share:
         module = copy.deepcopy(module)
         own = module.__dict__
-    moved = cls.__new__(cls)
-    moved.__dict__.update(own)
+    result = cls.__new__(cls)
+    result.__dict__.update(own)
     for name in ("_parameters", "_buffers", "_modules"):
-        moved.__dict__[name] = own[name].copy()  # what is registered later belongs to one of the two only
-    _rebind_hooks(module, moved)
-    return moved
+        result.__dict__[name] = own[name].copy()  # what is registered later belongs to one of the two only
+    _rebind_hooks(module, result)
+    return result
 
 
 def _rebind_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -269,8 +269,15 @@ def _suggests_channels_last(x: Tensor) -> bool:
 
 
 def activate(activation: str, out: Tensor, inplace: bool = False) -> Tensor:
-    """An activation of a problem ("": none) by PyTorch's function."""
-    return _ACTIVATIONS[activation][inplace](out) if activation else out
+    """An activation of a problem ("": none) by PyTorch's function.
+
+    ArgumentError: there is no such activation.
+    """
+    if not activation:
+        return out
+    if activation not in _ACTIVATIONS:
+        raise ArgumentError(f"activation={activation!r} is unknown; use one of {', '.join(_ACTIVATIONS)}.")
+    return _ACTIVATIONS[activation][inplace](out)
 
 
 def forward(problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

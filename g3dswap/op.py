@@ -1,6 +1,7 @@
 """``torch.ops.g3dswap.conv3d``: a 3D convolution whose three passes each run the kernel chosen for them.
 
-With ``transposed`` it is a transposed one, as in ``torch.convolution``. Two operators, ``conv3d`` and
+With ``transposed`` it is a transposed one, as in ``torch.convolution``; an ``activation`` (one of
+``problem.ACTIVATIONS``) is applied to the result, in the same kernel where no gradient is needed. Two operators, ``conv3d`` and
 ``conv3d_backward``, as PyTorch's dispatcher sees them: what autograd (to any order: the derivatives of
 both are made of the two), autocast, fake tensors and functorch do with them. What they do with real
 tensors is in ``execute``.
@@ -17,7 +18,7 @@ from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 from . import execute, native
-from .execute import ONES, ZEROS, Conf, Grads, Ints, conf_of, covered
+from .execute import ONES, ZEROS, Conf, Grads, Ints, conf_of, covered, parted
 from .problem import DTYPES
 
 # Exact strides: the layout of the operands decides the layout of the result, in the fake kernels as well.
@@ -26,7 +27,7 @@ _LIBRARY = torch.library.Library("g3dswap", "DEF")
 _LIBRARY.define(
     "conv3d(Tensor input, Tensor weight, Tensor? bias=None, int[3] stride=1, int[3] padding=0, "
     'int[3] dilation=1, int groups=1, str tune="cached", str cache="", bool transposed=False, '
-    "int[3] output_padding=0) -> Tensor",
+    'int[3] output_padding=0, str activation="") -> Tensor',
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -97,6 +98,7 @@ def call(
     cache: str,
     transposed: bool = False,
     output_padding: Ints = ZEROS,
+    activation: str = "",
 ) -> Tensor:
     """``torch.ops.g3dswap.conv3d``, past the dispatcher where it would only cost time.
 
@@ -106,12 +108,12 @@ def call(
     """
     conf = stride, padding, dilation, groups, tune, cache, transposed, output_padding
     if torch.compiler.is_compiling() or groups < 2 or not _unobserved(input, weight, bias):
-        return _FORWARD(input, weight, bias, *conf)
+        return _FORWARD(input, weight, bias, *conf, activation)
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Conv3d.apply(input, weight, bias, None, conf)
-    return execute.conv3d(input, weight, bias, *conf)
+        return native.activate(activation, _Conv3d.apply(input, weight, bias, None, conf))
+    return execute.conv3d(input, weight, bias, *conf, activation)
 
 
 def _unobserved(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -149,7 +151,8 @@ def same_padding(input: Tensor, kernel: Ints, dilation: Ints) -> tuple[Tensor, t
     return input, tuple(t // 2 for t in total)
 
 
-# Autograd. Both operators are bilinear, and the derivatives of each are made of the two.
+# Autograd. Both operators are bilinear, and the derivatives of each are made of the two. The activation is
+# PyTorch's wherever there is something to derive, for what goes into it is needed then.
 
 
 class _Conv3d(torch.autograd.Function):
@@ -240,19 +243,19 @@ def _below(keyset: Any, kernel: Any, operator: Any, *args: Any) -> Any:
 def _conv3d_autograd(
     keyset: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any
 ) -> Tensor:
-    conf = conf_of(*given)
+    conf, activation = parted(given)
     if (
         conf.groups < 2
         or input.dtype not in DTYPES
         or forward_ad._current_level >= 0
         or _C._are_functorch_transforms_active()
     ):
-        return execute.pytorch(input, weight, bias, conf)
+        return execute.pytorch(input, weight, bias, conf, activation)
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Conv3d.apply(input, weight, bias, keyset, conf)
-    return _below(keyset, execute.conv3d, _FORWARD, input, weight, bias, *conf)
+        return native.activate(activation, _Conv3d.apply(input, weight, bias, keyset, conf))
+    return _below(keyset, execute.conv3d, _FORWARD, input, weight, bias, *conf, activation)
 
 
 def _backward_autograd(keyset: Any, *args: Any) -> Any:
@@ -267,7 +270,7 @@ def _composite(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given
 
     For what our kernels never do, and for forward-mode AD and functorch, which have rules for it.
     """
-    return execute.pytorch(input, weight, bias, conf_of(*given))
+    return execute.pytorch(input, weight, bias, *parted(given))
 
 
 def _composite_backward(grad_output: Tensor, input: Tensor, weight: Tensor, *given: Any) -> Grads:
@@ -299,9 +302,9 @@ def _autocast(device: str, key: Any) -> Any:
 def _conv3d_fake(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any) -> Tensor:
     if input.dim() == 4 and weight.dim() == 5:
         return _conv3d_fake(input.unsqueeze(0), weight, bias, *given).squeeze(0)
-    conf = conf_of(*given)
+    conf, activation = parted(given)
     if _empty(input) or not covered(input, weight, bias, conf):
-        return execute.pytorch(input, weight, bias, conf)
+        return execute.pytorch(input, weight, bias, conf, activation)
     shape = execute.output_shape(input, weight, conf)
     layout = native.output_format(input, weight, conf.stride, conf.dilation, conf.groups)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
