@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from g3dswap.choice import Choice
 from g3dswap.choose import EFFORTS, MIN_SPEEDUP, Chooser, open_cache
 from g3dswap.decide import Decision, call_of, decide, keep, peek, problems, swap_later
 from g3dswap.discover import Meeting, Shapes, Site, observe
-from g3dswap.entries import Kept, Layer, Swapped
+from g3dswap.entries import Kept, Layer, NotFused, Swapped
 from g3dswap.errors import ArgumentError, ConvertError
 from g3dswap.functional import as_converted, decide_calls, intercept_calls
+from g3dswap.fuse import find_fusions
+from g3dswap.fused import FUSED, NOTHING, Fused, Fusion
 from g3dswap.guard import Inputs, a_type, example
 from g3dswap.intercept import is_on, take_off, taken_off
 from g3dswap.layercheck import check_layer
@@ -40,6 +44,7 @@ def convert(
     example_kwargs: Mapping[str, Any] | None = None,
     inplace: bool = False,
     tune: str = "quick",
+    fuse: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     min_speedup: float = 1.05,
@@ -67,6 +72,11 @@ def convert(
         inplace: change this model and keep the very same Parameter objects (optimizers stay valid), instead
             of a deep copy. A model that is such a layer itself cannot change in place: use what is returned.
         tune: "none" (untimed default kernels), "cached" (only what was tuned before), "quick" or "full".
+        fuse: make a model for inference, which has to be in eval mode: where torch.fx shows that nothing else
+            sees what is in between, a ``BatchNorm3d`` after a layer goes into its weights and a ReLU, SiLU,
+            GELU or Hardswish module after that into its kernel. An ``nn.Identity`` takes their places, and
+            the layer is a ``Fused3D`` or ``Fused3DTranspose``, see ``g3dswap.fused``; only forward passes are
+            chosen. Folded norms are no longer in the state_dict. ``revert`` brings everything back.
         include, exclude: globs on fully qualified layer names, such as ``"layer1.*.conv2"``.
         min_speedup: how much faster than PyTorch's a kernel must be; a layer where none is stays as it was.
         cache: directory of the options cache, by default that of the user.
@@ -89,6 +99,8 @@ def convert(
         PlanError: the plan cannot be read, or was made for another model.
     """
     check_model(model, "convert")
+    if fuse and model.training:
+        raise ArgumentError("fuse=True is for inference, and the model is in train mode; call model.eval().")
     given = example(model, example_inputs, example_kwargs)
     chooser = _chooser(cache, tune, min_speedup, progress)
     planned = None if plan is None else read_plan(plan)
@@ -101,9 +113,11 @@ def convert(
     if not inplace:
         model = _copied(model)
         selection = select(model, include, exclude)
-    traced, shapes = _look(model, selection, given)
+    with torch.no_grad() if fuse else contextlib.nullcontext():
+        traced, shapes = _look(model, selection, given)
+    fusions = find_fusions(model, selection.sites, traced) if fuse else {}
     began = time.monotonic()
-    decisions = _decide_all(selection, traced, shapes, planned, given is not None, chooser)
+    decisions = _decide_all(selection, traced, shapes, planned, given is not None, chooser, fusions)
     calls = []
     if functional or any(is_on(module) for module in model.modules()):
         calls = decide_calls(model, traced.functional, shapes.uses, selection, chooser, strict)
@@ -112,12 +126,7 @@ def convert(
     everything = [*decisions, *(item.decision for item in calls if item.decision)]
     if verify:
         _verify_all(everything, swap)
-    new = {
-        id(item.site.module): swap(item.site.module, bool(item.choices))
-        for item in decisions
-        if item.swap and not isinstance(item.site.module, Grouped)
-    }
-    model = _replaced(model, new)
+    model = _replaced(model, _replacements(decisions, swap))
     report = _report("converted", selection, decisions, traced, shapes, elapsed)
     store(model, replace(report, functional=intercept_calls(calls, tune, cache)) if calls else report)
     keep_choices(model, {choice.problem: choice for item in everything for choice in item.choices}.values())
@@ -155,19 +164,30 @@ def inspect(
 def revert(model: nn.Module) -> nn.Module:
     """Turn every swapped layer back into PyTorch's with the very same Parameter objects, in place.
 
-    Returns the model, which is another object only if it is such a layer itself.
+    What was fused comes back as it was: the weights, the batch norm and the activation, in the mode, on the
+    device and of the dtype that the model has now. Returns the model, which is another object only if it is
+    such a layer itself.
 
     Raises:
-        ArgumentError: not a module.
+        ArgumentError: not a module, or a part of the model that was fused.
+        FusedError: weights were loaded into a fused layer.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"revert() takes a torch.nn.Module, not {a_type(model)}.")
+    modules = [module for module in model.modules() if isinstance(module, Grouped)]
+    new: dict[int, nn.Module] = {}
+    for module in modules:
+        new.update(module.restored() if isinstance(module, Fused) else {id(module): module})
+    if not new.keys() <= {id(module) for module in model.modules()}:
+        raise ArgumentError(
+            f"A layer in this {type(model).__name__} was fused with others outside of it; revert the whole model."
+        )
     forget(model)
     forget_choices(model)
     for module in model.modules():
         take_off(module)
-    modules = [module for module in model.modules() if isinstance(module, Grouped)]
-    return _replaced(model, {id(module): module.to_conv() for module in modules})
+    plain = {key: item.to_conv() if isinstance(item, Grouped) else item for key, item in new.items()}
+    return _replaced(model, plain)
 
 
 def _chooser(cache: str | Path | None, tune: str, min_speedup: float, progress: bool) -> Chooser:
@@ -215,6 +235,7 @@ def _decide_all(
     planned: Plan | None,
     ran: bool,
     chooser: Chooser,
+    fusions: Mapping[int, Fusion],
 ) -> list[Decision]:
     """One decision for every layer; each distinct problem is chosen once."""
     made: dict[Problem, Choice] = {}
@@ -235,16 +256,20 @@ def _decide_all(
         decision = decision or _without_inputs(site, selection, traced, met[key], ran, chooser.tune)
         if decision:
             simple[key] = decision
+            decision.fusion = fusions.get(key, NOTHING)
+            if isinstance(decision.entry, Kept):
+                decision.keep(decision.entry.reason)
     waiting = [site for site in selection.sites if id(site.module) not in simple]
     wanted: dict[Problem, tuple[Problem, int, str]] = {}
     for site in waiting:
         for meeting in met[id(site.module)]:
-            for problem in problems(site.module, meeting):
+            for problem in problems(site.module, meeting, fusions.get(id(site.module), NOTHING)):
                 wanted.setdefault(problem, (problem, meeting.batch, site.name))
     chooser.expect(len(wanted))
     chooser.share(wanted.values())
     return [
-        simple.get(id(site.module)) or decide(site, met[id(site.module)], choose) for site in selection.sites
+        simple.get(key) or decide(site, met[key], choose, fusions.get(key, NOTHING))
+        for key, site in zip(met, selection.sites)
     ]
 
 
@@ -311,28 +336,46 @@ class _Swap:
         self.tune = tune
         self.cache = None if cache is None else str(cache)
 
-    def __call__(self, conv: Conv, chosen: bool) -> Grouped:
+    def __call__(self, conv: Conv, chosen: bool, fusion: Fusion = NOTHING) -> Grouped:
         # Shapes that come up later in a layer that has its kernels do not stop the run for tuning.
         tune = "cached" if chosen and self.tune != "none" else self.tune
+        if fusion:
+            return FUSED[type(conv)].of(conv, fusion, tune=tune, cache=self.cache)
         return GROUPED[type(conv)].from_conv(conv, tune=tune, cache=self.cache)
+
+
+def _replacements(decisions: Sequence[Decision], swap: _Swap) -> dict[int, nn.Module]:
+    """``id`` of each module that is to go -> what takes its place."""
+    new: dict[int, nn.Module] = {}
+    for item in decisions:
+        conv = item.site.module
+        if item.swap and (item.fusion or not isinstance(conv, Grouped)):
+            layer = new[id(conv)] = swap(conv, bool(item.choices), item.fusion)
+            if isinstance(layer, Fused):
+                new.update((id(module), stand_in) for stand_in, module in layer.origin.stand_ins)
+    return new
 
 
 def _verify_all(decisions: Sequence[Decision], swap: _Swap) -> None:
     """Check each distinct swapped layer on what it met; keep those that fail as they were."""
-    known: dict[tuple[Layer, Meeting], str | None] = {}
+    known: dict[tuple[Layer, Meeting, Fusion], str | None] = {}
     for decision in decisions:
-        entry, conv = decision.entry, decision.site.module
+        entry, conv, fusion = decision.entry, decision.site.module, decision.fusion
         if not isinstance(entry, Swapped) or not decision.meetings:
             continue
         bounds: dict[str, float] = {}
         for choice in decision.choices:
             name = choice.problem.layer_pass
             bounds[name] = max(bounds.get(name, 0.0), choice.bound or 0.0)
-        for meeting in decision.meetings:
-            key = (entry.geometry, meeting)
+        meetings = decision.meetings
+        if fusion:
+            meetings = [replace(item, grad_input=False, grad_weight=False) for item in meetings]
+        for meeting in meetings:
+            key = (entry.geometry, meeting, fusion)
             if key not in known:
-                known[key] = check_layer(conv, meeting, lambda layer: swap(layer, True), bounds)
-        failed = [known[entry.geometry, meeting] for meeting in decision.meetings]
+                swapped = partial(swap, chosen=True, fusion=fusion)
+                known[key] = check_layer(conv, meeting, swapped, bounds, fusion)
+        failed = [known[entry.geometry, meeting, fusion] for meeting in meetings]
         wrong = next((reason for reason in failed if reason), None)
         if wrong:
             decision.keep(f"not swapped, because it would compute something else: {wrong}")
@@ -382,6 +425,12 @@ def _report(
         skipped=list(selection.skipped),
         functional=merge_functional(traced.functional, shapes.functional),
         untraced=list(traced.untraced),
+        fused=[item for decision in decisions if (item := decision.fused())],
+        unfused=[
+            NotFused(decision.site.name, decision.fusion.reason, decision.site.aliases)
+            for decision in decisions
+            if decision.fusion.reason
+        ],
         tuning_seconds=seconds,
         machine=machine(kinds),
     )

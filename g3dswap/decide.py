@@ -10,8 +10,9 @@ from g3dswap import native
 from g3dswap.choice import Choice, Record
 from g3dswap.choose import Chooser
 from g3dswap.discover import Meeting, Site
-from g3dswap.entries import Call, Kept, Layer, PassChoice, Swapped
+from g3dswap.entries import Call, FusedInto, Kept, Layer, PassChoice, Swapped
 from g3dswap.errors import NoCompilerError
+from g3dswap.fused import NOTHING, Fused, Fusion
 from g3dswap.module import Conv, Grouped
 from g3dswap.problem import DIRECTIONS, Geometry, Problem, Triple, dtype_name, layer_pass, transposed_size
 
@@ -26,6 +27,8 @@ class Decision:
     entry: Swapped | Kept
     choices: list[Choice] = field(default_factory=list)
     meetings: Sequence[Meeting] = ()
+    fusion: Fusion = NOTHING
+    """What is fused into it if it is swapped."""
 
     @property
     def swap(self) -> bool:
@@ -35,6 +38,18 @@ class Decision:
         """Leave the layer as it is after all."""
         entry = self.entry
         self.entry = Kept(entry.name, entry.geometry, reason, entry.calls, entry.aliases)
+        if self.fusion:
+            self.fusion = Fusion(reason="the convolution is kept as it was")
+
+    def fused(self) -> FusedInto | None:
+        """The report's line about what is, or was, fused into the layer."""
+        module, fusion = self.site.module, self.fusion
+        if isinstance(module, Fused):
+            fusion = module.origin.fusion
+        if not fusion:
+            return None
+        names = fusion.norm_name, fusion.activation_name, fusion.kind
+        return FusedInto(self.site.name, *names, self.site.aliases)
 
 
 def keep(site: Site, reason: str) -> Decision:
@@ -48,19 +63,21 @@ def swap_later(site: Site, note: str) -> Decision:
     return Decision(site, Swapped(site.name, Layer.of(site.module), (), site.aliases, note))
 
 
-def decide(site: Site, meetings: Sequence[Meeting], choose: Choose) -> Decision:
-    """Swap a layer if one of its passes gets a kernel of ours; keep it otherwise."""
+def decide(site: Site, meetings: Sequence[Meeting], choose: Choose, fusion: Fusion = NOTHING) -> Decision:
+    """Swap a layer if one of its passes gets a kernel of ours, or a norm goes into it; keep it otherwise."""
     layer = Layer.of(site.module)
     calls, choices = [], []
     for meeting in meetings:
-        made = [choose(problem, meeting.batch, site.name) for problem in problems(site.module, meeting)]
+        wanted = problems(site.module, meeting, fusion)
+        made = [choose(problem, meeting.batch, site.name) for problem in wanted]
         choices += made
         calls.append(call_of(layer, meeting, [pass_of(choice) for choice in made]))
-    if isinstance(site.module, Grouped) or not all(choice.is_native for choice in choices):
-        swapped = Swapped(site.name, layer, tuple(calls), site.aliases)
-        return Decision(site, swapped, choices, meetings)
-    kept = Kept(site.name, layer, _why_native(choices), tuple(calls), site.aliases)
-    return Decision(site, kept, choices, meetings)
+    gains = fusion.norm is not None or not all(choice.is_native for choice in choices)
+    swapped = Swapped(site.name, layer, tuple(calls), site.aliases)
+    decision = Decision(site, swapped, choices, meetings, fusion)
+    if not isinstance(site.module, Grouped) and not gains:
+        decision.keep(_why_native(choices))
+    return decision
 
 
 def _why_native(choices: Sequence[Choice]) -> str:
@@ -116,8 +133,8 @@ def peek(chooser: Chooser, problem: Problem) -> PassChoice:
     return PassChoice(direction, "cached", "", record.seconds, record.native_seconds, record.error)
 
 
-def problems(conv: Conv, meeting: Meeting) -> list[Problem]:
-    """The passes that a layer needs on what it met."""
+def problems(conv: Conv, meeting: Meeting, fusion: Fusion = NOTHING) -> list[Problem]:
+    """The passes that a layer needs on what it met, with what is fused into it."""
     size, padding = padded(conv, meeting.size)
     channels, filters = conv.in_channels, conv.out_channels
     if conv.transposed:
@@ -134,7 +151,10 @@ def problems(conv: Conv, meeting: Meeting) -> list[Problem]:
         padding,
         _triple(conv.dilation),
     )
-    needed = dict(zip(DIRECTIONS, (True, meeting.grad_input, meeting.grad_weight)))
+    trains = not fusion and not isinstance(conv, Fused)
+    needed = dict(zip(DIRECTIONS, (True, trains and meeting.grad_input, trains and meeting.grad_weight)))
+    activation = conv.activation if isinstance(conv, Fused) else fusion.kind
+    bias = conv.bias is not None or fusion.norm is not None
     kind = meeting.device.type
     return [
         Problem(
@@ -143,10 +163,11 @@ def problems(conv: Conv, meeting: Meeting) -> list[Problem]:
             meeting.dtype,
             meeting.layout,
             kind,
-            bias=name == "forward" and conv.bias is not None,
+            bias=name == "forward" and bias,
             precision=native.precision(meeting.dtype, kind),
             deterministic=native.deterministic(kind),
             transposed=conv.transposed,
+            activation=activation if name == "forward" else "",
         )
         for name, wanted in needed.items()
         if wanted

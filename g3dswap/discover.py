@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from g3dswap.calls import FunctionCalls, Use
 from g3dswap.entries import ROOT, Functional, Skipped
 from g3dswap.errors import ArgumentError, ConvertError
+from g3dswap.fused import FUSED
 from g3dswap.guard import Inputs, a_type, untouched
 from g3dswap.meetings import Hook, Meeting
 from g3dswap.module import GROUPED, Conv
@@ -89,7 +90,7 @@ def why_not(module: nn.Module) -> str | None:
         return "it is quantized, or prepared for quantization"
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) or _uninitialized(module):
         return "it is lazy, without sizes yet; run the model once on an input before converting"
-    if type(module) not in {*GROUPED, *GROUPED.values()}:
+    if type(module) not in {*GROUPED, *GROUPED.values(), *FUSED.values()}:
         plain = "ConvTranspose3d" if isinstance(module, nn.ConvTranspose3d) else "Conv3d"
         return f"{type(module).__qualname__} is a subclass, whose forward may do more than nn.{plain}'s"
     if "forward" in vars(module) or "_conv_forward" in vars(module):

@@ -177,6 +177,35 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class FusedInto:
+    """What was fused into a grouped layer; names of modules, "" for none."""
+
+    name: str
+    """The layer's."""
+    norm: str = ""
+    """The batch norm that was folded into its weights."""
+    activation: str = ""
+    """The activation that its kernel applies."""
+    kind: str = ""
+    """That activation, one of ``problem.ACTIVATIONS``."""
+    aliases: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{self.norm} (batch norm, in its weights)"] if self.norm else []
+        parts += [f"{self.activation} ({self.kind}, in its kernel)"] if self.activation else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class NotFused:
+    """A grouped layer into which nothing, or not all that follows, was fused."""
+
+    name: str
+    reason: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Functional:
     """A call of a convolution function with groups > 1 inside a forward."""
 

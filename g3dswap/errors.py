@@ -68,6 +68,10 @@ class ConvertError(G3DSwapError, RuntimeError):
     """A model or layer cannot be converted under the asked rules."""
 
 
+class FusedError(ConvertError):
+    """A layer that was fused for inference is asked for something that only what it was made of can do."""
+
+
 class CheckpointError(G3DSwapError, ValueError):
     """A checkpoint cannot be read, trusted or written as asked."""
 

@@ -75,7 +75,9 @@ def conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: An
             None if bias is None else (bias.shape, bias.dtype, bias.device),
             conf, activation, native.switch_state(input.is_cpu),
         )  # fmt: skip
-        choice = _choices.get(key) or _choose(key, "forward", input, weight, bias, conf, activation=activation)
+        choice = _choices.get(key) or _choose(
+            key, "forward", input, weight, bias, conf, activation=activation
+        )
         if choice is not None:
             if choice.is_native:
                 return native.forward(choice.problem, input, weight, bias)
@@ -142,9 +144,7 @@ def _run(choice: Choice, *tensors: Tensor | None) -> Tensor:
     )
 
 
-def pytorch(
-    input: Tensor, weight: Tensor, bias: Tensor | None, conf: Conf, activation: str = ""
-) -> Tensor:
+def pytorch(input: Tensor, weight: Tensor, bias: Tensor | None, conf: Conf, activation: str = "") -> Tensor:
     """The layer by PyTorch's functions."""
     stride, padding, dilation, groups = conf[:4]
     if conf.transposed:

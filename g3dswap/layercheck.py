@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from g3dswap import native, workload
 from g3dswap.discover import Meeting
+from g3dswap.fused import NOTHING, Fusion
 from g3dswap.module import Conv
 from g3dswap.problem import LAYOUTS
 
@@ -23,8 +25,11 @@ def check_layer(
     meeting: Meeting,
     swap: Callable[[Any], nn.Module],
     bounds: Mapping[str, float],
+    fusion: Fusion = NOTHING,
 ) -> str | None:
     """What is wrong with the swapped layer on this kind of input; None if nothing is.
+
+    With a ``fusion`` it is compared with the layer and what follows it in the model, one after the other.
 
     The layer's class and arguments are checked on random weights, in a copy without the hooks: forward
     and those gradients that a training step needs. The bound is that of a kernel: twice the error of PyTorch
@@ -43,7 +48,7 @@ def check_layer(
         weight = torch.empty_like(conv.weight, dtype=meeting.dtype, device=device)
         weight.data.copy_(normal(*conv.weight.shape))
         bias = None if conv.bias is None else normal(*conv.bias.shape)
-        twin = _conv(conv, meeting, conv.groups, weight.detach(), bias)
+        twin = _conv(conv, meeting, conv.groups, weight.detach(), bias).eval()
         value = normal(batch, conv.in_channels, *meeting.size)
         value = value.contiguous(memory_format=LAYOUTS[meeting.layout])
         with torch.no_grad():
@@ -54,6 +59,9 @@ def check_layer(
         # Of input and output, the one whose channels come first in the weight.
         groups = _affordable(conv, value.shape if conv.transposed else shape, device.type)
         reference = _reference(conv, groups, weight, bias, value, grad, meeting)
+        if fusion:
+            theirs["forward"] = _followed(theirs["forward"], fusion, range(conv.groups), conv.groups)
+            reference["forward"] = _followed(reference["forward"], fusion, groups, conv.groups)
     for name, wanted in reference.items():
         dim = 1 if name in ("forward", "grad_input") else 0
         own = native.error(_part(theirs[name], groups, conv.groups, dim), wanted)
@@ -131,7 +139,20 @@ def _reference(
     return _passes(layer, part(value, 1), part(grad, 1), meeting)
 
 
-def _part(tensor: Tensor, groups: list[int], count: int, dim: int) -> Tensor:
+def _followed(out: Tensor, fusion: Fusion, groups: Sequence[int], count: int) -> Tensor:
+    """What the layers after a convolution make of its result, or of these of its groups."""
+    norm = fusion.norm
+    if norm is not None:
+        wide = torch.promote_types(out.dtype, torch.float32)
+        mean, var, weight, bias = (
+            None if item is None else _part(item.detach(), groups, count, 0).to(wide)
+            for item in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        )
+        out = F.batch_norm(out, mean, var, weight, bias, eps=norm.eps)
+    return native.activate(fusion.kind, out)
+
+
+def _part(tensor: Tensor, groups: Sequence[int], count: int, dim: int) -> Tensor:
     """The slices of these groups along a dimension that all groups share."""
     width = tensor.shape[dim] // count
     index = [group * width + item for group in groups for item in range(width)]

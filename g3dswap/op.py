@@ -1,10 +1,10 @@
 """``torch.ops.g3dswap.conv3d``: a 3D convolution whose three passes each run the kernel chosen for them.
 
-With ``transposed`` it is a transposed one, as in ``torch.convolution``; an ``activation`` (one of
-``problem.ACTIVATIONS``) is applied to the result, in the same kernel where no gradient is needed. Two operators, ``conv3d`` and
-``conv3d_backward``, as PyTorch's dispatcher sees them: what autograd (to any order: the derivatives of
-both are made of the two), autocast, fake tensors and functorch do with them. What they do with real
-tensors is in ``execute``.
+With ``transposed`` it is a transposed one, as in ``torch.convolution``; an ``activation``, one of
+``problem.ACTIVATIONS``, is applied to the result, in the same kernel where no gradient is needed. Two
+operators, ``conv3d`` and ``conv3d_backward``, as PyTorch's dispatcher sees them: what autograd (to any
+order: the derivatives of both are made of the two), autocast, fake tensors and functorch do with them.
+What they do with real tensors is in ``execute``.
 """
 
 from __future__ import annotations

@@ -24,8 +24,10 @@ from g3dswap.entries import (
     ROOT,
     Call,
     Functional,
+    FusedInto,
     Kept,
     Layer,
+    NotFused,
     PassChoice,
     Skipped,
     Step,
@@ -39,6 +41,7 @@ from g3dswap.quantities import duration, percent
 from g3dswap.shapes import (
     Row,
     gathered,
+    names,
     of_call,
     of_pytorch,
     of_untraced,
@@ -65,6 +68,8 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
     functional: list[Functional] = field(default_factory=list)
     untraced: list[Untraced] = field(default_factory=list)
+    fused: list[FusedInto] = field(default_factory=list)
+    unfused: list[NotFused] = field(default_factory=list)
     tuning_seconds: float = 0.0
     steps: tuple[Step, ...] = ()
     """Whole steps of the model, where ``measure_steps`` timed them."""
@@ -110,6 +115,9 @@ class Report:
             skipped=[Skipped(**_revive(item)) for item in data["skipped"]],
             functional=[Functional(**_revive(item)) for item in data["functional"]],
             untraced=[Untraced(**_revive(item)) for item in data["untraced"]],
+            # A report from before layers were fused has neither.
+            fused=[FusedInto(**_revive(item)) for item in data.get("fused", [])],
+            unfused=[NotFused(**_revive(item)) for item in data.get("unfused", [])],
             tuning_seconds=float(data["tuning_seconds"]),
             steps=tuple(Step.from_dict(item) for item in data["steps"]),
             machine=data["machine"],
@@ -181,8 +189,8 @@ def forget(model: nn.Module) -> None:
 def report(model: nn.Module) -> Report:
     """What ``convert`` did to this model.
 
-    Its lists are ``.swapped``, ``.kept``, ``.skipped``, ``.functional`` and ``.untraced``; ``print`` shows a
-    table and ``to_dict()`` gives JSON-able data. A model that holds swapped
+    Its lists are ``.swapped``, ``.kept``, ``.skipped``, ``.functional``, ``.untraced``, ``.fused`` and
+    ``.unfused``; ``print`` shows a table and ``to_dict()`` gives JSON-able data. A model that holds swapped
     layers without having been converted (or a part of a converted one) has them listed without their times.
 
     Raises:
@@ -248,6 +256,11 @@ def remainders(report: Report) -> Iterator[tuple[str, str, str, list[tuple[str, 
     if report.skipped:
         cells = gathered((item, f"{item.kind}: {item.reason}") for item in report.skipped)
         yield "Skipped", "layers", "because", cells
+    if report.fused:
+        yield "Fused for inference", "layer", "what is in it", [(names([i]), str(i)) for i in report.fused]
+    if report.unfused:
+        cells = gathered((item, item.reason) for item in report.unfused)
+        yield "Not, or not further, fused", "layers", "because", cells
     if report.functional:
         cells = [(item.name, of_call(item)) for item in report.functional]
         asked = any(item.converted or item.reason for item in report.functional)

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from g3dswap.entries import Call, Functional, Kept, Layer, PassChoice, Skipped, Swapped, Untraced
+from g3dswap.entries import (
+    Call,
+    Functional,
+    FusedInto,
+    Kept,
+    Layer,
+    NotFused,
+    PassChoice,
+    Skipped,
+    Swapped,
+    Untraced,
+)
 from g3dswap.quantities import duration
 
-Named = Swapped | Kept | Skipped | Functional
+Named = Swapped | Kept | Skipped | Functional | FusedInto | NotFused
 
 
 @dataclass(frozen=True)

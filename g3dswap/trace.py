@@ -1,6 +1,6 @@
 """The torch.fx pass: which layers a forward really reaches, and which convolutions it calls as functions.
 
-The graph is thrown away afterwards; the model is never replaced by a ``GraphModule``. Where a module's
+The model is never replaced by a ``GraphModule``: its graph only tells what follows a layer. Where a module's
 forward cannot be traced, that module becomes opaque and the rest of the graph goes on; its children are then
 traced one by one, and layers that no trace reaches even so are taken from the module tree.
 """
@@ -43,6 +43,8 @@ class Trace:
     """``id`` of each layer that a traced forward calls, or that a part which cannot be traced holds."""
     functional: list[Functional] = field(default_factory=list)
     untraced: list[Untraced] = field(default_factory=list)
+    graph: fx.Graph | None = None
+    """What the model's own forward does in its present mode; None where that cannot be traced."""
 
 
 def trace(model: nn.Module, layers: Mapping[int, str], inputs: Inputs | None = None) -> Trace:
@@ -58,7 +60,9 @@ def trace(model: nn.Module, layers: Mapping[int, str], inputs: Inputs | None = N
     with untouched(model), warnings.catch_warnings():
         # What a forward warns of when it meets a proxy is no concern of the user's.
         warnings.simplefilter("ignore")
-        _trace_mode(model, layers, inputs, result)
+        tracer = _trace_mode(model, layers, inputs, result)
+        if "" not in tracer.failures:
+            result.graph = getattr(tracer, "graph", None)
         if not result.reached.issuperset(layers):
             for module in model.modules():
                 # Not through train(), which user classes override.
@@ -67,11 +71,13 @@ def trace(model: nn.Module, layers: Mapping[int, str], inputs: Inputs | None = N
     return result
 
 
-def _trace_mode(model: nn.Module, layers: Mapping[int, str], inputs: Inputs | None, result: Trace) -> None:
+def _trace_mode(model: nn.Module, layers: Mapping[int, str], inputs: Inputs | None, result: Trace) -> _Tracer:
+    """Add to the result what the model does in the mode that it is in; returns the tracer of the whole."""
     visited: set[int] = set()
     pending: list[tuple[str, nn.Module]] = [("", model)]
     opaque: dict[str, tuple[nn.Module, str]] = {}
     loose: set[int] = set()
+    whole = _Tracer("", layers, visited)
     while pending:
         name, module = pending.pop(0)
         if id(module) in layers:
@@ -82,7 +88,7 @@ def _trace_mode(model: nn.Module, layers: Mapping[int, str], inputs: Inputs | No
         if not _has_forward(module):
             pending += _children(name, module)
             continue
-        tracer = _Tracer(name, layers, visited)
+        tracer = whole if module is model else _Tracer(name, layers, visited)
         failures = tracer.run(module, inputs if module is model else None)
         result.reached |= tracer.reached
         _add_functional(result.functional, tracer.functional)
@@ -91,6 +97,7 @@ def _trace_mode(model: nn.Module, layers: Mapping[int, str], inputs: Inputs | No
             pending += _children(failed_name, failed)
     _take_from_tree(opaque, layers, result)
     result.reached |= loose  # in a container that nothing calls: who calls them, only the user knows
+    return whole
 
 
 def _take_from_tree(

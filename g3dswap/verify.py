@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from g3dswap.errors import ArgumentError, ConvertError, VerificationError
+from g3dswap.fused import Fused
 from g3dswap.guard import Inputs, a_type, example, named_tensors, untouched
 from g3dswap.native import FLOORS
 from g3dswap.replay import Record, Replay
@@ -89,8 +90,10 @@ class Verification:
     def __str__(self) -> str:
         verdict = "ok" if self.ok else "FAILED"
         worst = self.worst
+        gradients = any(_is_grad(item.name) for item in self.tensors)
+        what = "outputs and gradients" if gradients else "outputs"
         lines = [
-            f"g3dswap verification {verdict}: {len(self.tensors)} outputs and gradients against float64; "
+            f"g3dswap verification {verdict}: {len(self.tensors)} {what} against float64; "
             f"nearest to its bound is {worst.name} ({worst.after:.2g} of {worst.bound:.2g}).",
         ]
         table = Table(box=box.ASCII2, expand=True)
@@ -124,7 +127,8 @@ def verify(
     Both models run in the mode (train, eval) that they are in, from the same random seed and through the same
     branches of ReLUs and max poolings (see ``g3dswap.replay``), and are left untouched. Gradients are those
     of the sum of the outputs, weighted with fixed random numbers, in all parameters that require one and in
-    all floating-point inputs.
+    all floating-point inputs. Of models with fused layers, which have other parameters, only the outputs are
+    compared.
 
     Args:
         before, after: a model and its converted copy.
@@ -141,24 +145,26 @@ def verify(
     inputs = example(before, example_inputs, example_kwargs)
     if inputs is None:
         raise ArgumentError("verify() needs example_inputs: what the model's forward takes.")
-    _check_same(before, after)
+    gradients = not any(isinstance(item, Fused) for model in (before, after) for item in model.modules())
+    _check_same(before, after, gradients)
     dtype = _dtype(before, inputs)
     record = Record(dtype)
-    reference = _reference(before, inputs, record)
-    runs = [_run(before, inputs, Replay(record), "before")]
+    reference = _reference(before, inputs, record, gradients)
+    runs = [_run(before, inputs, Replay(record), "before", gradients)]
     for seed in (1, 2):
         noise = _Noise(dtype, seed)
-        runs.append(_run(noise.model(before), inputs.map(noise), Replay(record), "before"))
-    ours = _run(after, inputs, Replay(record), "after")
+        noisy = noise.model(before)
+        runs.append(_run(noisy, inputs.map(noise), Replay(record), "before", gradients))
+    ours = _run(after, inputs, Replay(record), "after", gradients)
     return Verification(tuple(_compare(reference, runs, ours, dtype)))
 
 
-def _check_same(before: nn.Module, after: nn.Module) -> None:
-    """Raise unless both have the same parameters and the same mode."""
+def _check_same(before: nn.Module, after: nn.Module, parameters: bool) -> None:
+    """Raise unless both have the same mode and, if wanted, the same parameters."""
     old, new = (
         {name: tuple(item.shape) for name, item in model.named_parameters()} for model in (before, after)
     )
-    if old != new:
+    if parameters and old != new:
         names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         raise ArgumentError(
             f"before and after are not the same model: their parameter {names[0]!r} differs in name or "
@@ -205,12 +211,14 @@ class _Noise:
         return noisy
 
 
-def _reference(before: nn.Module, inputs: Inputs, record: Record) -> dict[str, Tensor | None]:
-    """Outputs and gradients of a float64 copy of the model."""
+def _reference(
+    before: nn.Module, inputs: Inputs, record: Record, gradients: bool
+) -> dict[str, Tensor | None]:
+    """Outputs and, if wanted, gradients of a float64 copy of the model."""
     try:
         model = copy.deepcopy(before).double()
         doubles = inputs.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-        return _run(model, doubles, record, "before")
+        return _run(model, doubles, record, "before", gradients)
     except Exception as error:
         cause = error.__cause__ or error
         first = (str(cause).strip().splitlines() or [""])[0]
@@ -221,10 +229,12 @@ def _reference(before: nn.Module, inputs: Inputs, record: Record) -> dict[str, T
         ) from error
 
 
-def _run(model: nn.Module, inputs: Inputs, mode: TorchFunctionMode, role: str) -> dict[str, Tensor | None]:
-    """Outputs and gradients by name, from a fixed seed; the model is left untouched."""
+def _run(
+    model: nn.Module, inputs: Inputs, mode: TorchFunctionMode, role: str, gradients: bool
+) -> dict[str, Tensor | None]:
+    """Outputs and, if wanted, gradients by name, from a fixed seed; the model is left untouched."""
     try:
-        with untouched(model), torch.inference_mode(False), torch.enable_grad():
+        with untouched(model), torch.inference_mode(False), torch.set_grad_enabled(gradients):
             random.seed(SEED)
             numpy.random.seed(SEED)
             torch.manual_seed(SEED)
