@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 import g3dswap
 from g3dswap import checkpoint, containers, program, ranks
+from g3dswap.arch import load_weights
 from g3dswap.bench.command import bench
 from g3dswap.cache_commands import cache
 from g3dswap.checkpoint import Checkpoint
 from g3dswap.endtoend import measure_steps
 from g3dswap.errors import ArgumentError
+from g3dswap.fused import MARK
 from g3dswap.options import (
     EXIT_CODES,
     NOT_BOTH,
@@ -156,6 +158,12 @@ def _list_weights(stored: Checkpoint, as_json: bool) -> None:
     help="Compare with float64 each swapped layer, which stays as it was if it fails, or the whole model "
     "too, where a failure writes nothing.",
 )
+@click.option(
+    "--fuse",
+    is_flag=True,
+    help="For inference: fold batch norms and apply activations inside the layers before them. "
+    "Needs --arch, or a whole module.",
+)
 @end_to_end_option
 @report_option
 @force_option
@@ -166,6 +174,7 @@ def convert(
     source: Source,
     tuning: dict[str, Any],
     verify: str,
+    fuse: bool,
     end_to_end: bool,
     report_file: Path | None,
     force: bool,
@@ -173,8 +182,8 @@ def convert(
 ) -> None:
     """Convert the model of FILE, check it, and write it to OUTPUT.
 
-    OUTPUT loads where FILE loaded. The choices of kernels go beside it: fast.pth, fast.plan.json. Both
-    appear whole or not at all.
+    OUTPUT loads where FILE loaded, with --fuse into a model that was fused: convert(model.eval(), fuse=True).
+    The choices of kernels go beside it: fast.pth, fast.plan.json. Both appear whole or not at all.
     """
     plan = output.with_suffix(".plan.json")
     for path in (output, plan):
@@ -189,11 +198,16 @@ def convert(
         raise click.UsageError("Kernels are tuned for shapes: give the model's with --input, or a --plan.")
     if isinstance(stored, Program) and verify == "model":
         raise click.UsageError("A program is not run while it is converted: use g3dswap verify afterwards.")
+    if isinstance(stored, Program) and fuse:
+        raise click.UsageError("A program's layers are not fused: fuse the model, then export it.")
     if isinstance(stored, Checkpoint) and stored.module is not None and source.dtype:
         raise ArgumentError(f"{file} holds a whole module, which --dtype would change; leave --dtype out.")
     with clean_stdout():
         model, fitted = source.model(stored)
         inputs = source.example_inputs(model)
+        if fuse:
+            model.eval()
+            tuning["fuse"] = True
         # Only a comparison of whole models needs the original beside the converted one.
         options = {"inplace": verify != "model", "verify": verify != "none", **tuning}
         fast = g3dswap.convert(model, inputs, **options)
@@ -275,22 +289,33 @@ def verify(original: Path, converted: Path, source: Source, tuning: dict[str, An
 
     The choices come from the plan beside CONVERTED, if there is one. Exit code 3: they differ.
     """
-    stored = [source.read(file) for file in (original, converted)]
+    first, second = (source.read(file) for file in (original, converted))
     beside = converted.with_suffix(".plan.json")
     if tuning["plan"] is None and beside.exists():
         tuning["plan"] = beside
-    if all(isinstance(item, Program) for item in stored):
+    if isinstance(first, Program) and isinstance(second, Program):
         _verify_programs(original, converted, source.trust, tuning["plan"], as_json)
         return
     if not source.inputs:
         raise click.UsageError("Outputs are compared on inputs: give their shapes with --input.")
     with clean_stdout():
-        before, after = (source.model(item)[0] for item in stored)
+        before = source.model(first)[0]
         inputs = source.example_inputs(before)
-        after = g3dswap.convert(after, inputs, inplace=True, verify=False, **tuning)
+        if isinstance(second, Checkpoint) and _is_folded(second):
+            # Its weights fit a model that was fused, whatever weights that had.
+            after = g3dswap.convert(before.eval(), inputs, fuse=True, verify=False, **tuning)
+            load_weights(after, second)
+        else:
+            after = source.model(second)[0]
+            after = g3dswap.convert(after, inputs, inplace=True, verify=False, **tuning)
         verification = g3dswap.verify(before, after, inputs)
     emit(verification.to_dict(), str(verification), as_json)
     verification.check()
+
+
+def _is_folded(stored: Checkpoint) -> bool:
+    """Whether a file holds weights that batch norms were folded into."""
+    return stored.module is None and any(name.rpartition(".")[2] == MARK for name in stored.keys)
 
 
 def _verify_programs(original: Path, converted: Path, trust: bool, plan: Path | None, as_json: bool) -> None:

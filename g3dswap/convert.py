@@ -180,7 +180,8 @@ def revert(model: nn.Module) -> nn.Module:
         new.update(module.restored() if isinstance(module, Fused) else {id(module): module})
     if not new.keys() <= {id(module) for module in model.modules()}:
         raise ArgumentError(
-            f"A layer in this {type(model).__name__} was fused with others outside of it; revert the whole model."
+            f"A layer in this {type(model).__name__} was fused with others outside of it; "
+            "revert the whole model."
         )
     forget(model)
     forget_choices(model)

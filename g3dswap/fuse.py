@@ -43,7 +43,7 @@ def find_fusions(model: nn.Module, sites: Sequence[Site], traced: Trace) -> dict
         reason = f"torch.fx cannot trace the model's forward{f' ({why})' if why else ''}"
         return {id(site.module): Fusion(reason=reason) for site in sites}
     graph = _Graph(model, traced.graph)
-    return {id(site.module): _fusion(graph, site.module) for site in sites}
+    return {id(site.module): _fusion(graph, site.module, site.name) for site in sites}
 
 
 class _Graph:
@@ -111,8 +111,7 @@ def _held(module: nn.Module) -> Iterator[nn.Module]:
                 yield from item.modules()
 
 
-def _fusion(graph: _Graph, conv: Conv) -> Fusion:
-    name = str(graph.calls[id(conv)][0].target) if id(conv) in graph.calls else "it"
+def _fusion(graph: _Graph, conv: Conv, name: str) -> Fusion:
     if isinstance(conv, Fused):
         return NOTHING
     if unfit := graph.unfit(conv, name):

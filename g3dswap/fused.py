@@ -177,9 +177,9 @@ class Fused(Grouped):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What moves or casts the layer does the same to what it was made of."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for module in (self.origin.conv, *(module for _, module in self.origin.stand_ins)):
-            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            module._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -189,8 +189,8 @@ class Fused(Grouped):
         if prefix + MARK not in state_dict and any(f"{prefix}{n}" in state_dict for n in ("weight", "bias")):
             errors = rest[-1]
             errors.append(
-                f"{prefix}weight comes from a model without fusion, its batch norm is not folded into it; load "
-                "it before g3dswap.convert(..., fuse=True), or into what g3dswap.revert(model) gives."
+                f"{prefix}weight comes from a model without fusion, and no batch norm is folded into it; "
+                "load it before g3dswap.convert(..., fuse=True), or into what g3dswap.revert(model) gives."
             )
             return
         before = [item.detach().clone() for item in self._weights()]

@@ -96,9 +96,11 @@ class Grouped(nn.Module):
     ) -> Tensor:
         """The operator; transposed where there is an ``output_padding``."""
         module: Any = self
-        geometry = module.stride, padding, module.dilation, self.groups
-        more = (False, op.ZEROS) if output_padding is None else (True, output_padding)
-        return op.call(input, weight, bias, *geometry, self.tune, self.cache or "", *more, self.activation)
+        transposed = output_padding is not None
+        return op.call(
+            input, weight, bias, module.stride, padding, module.dilation, self.groups, self.tune,
+            self.cache or "", transposed, output_padding if transposed else op.ZEROS, self.activation,
+        )  # fmt: skip
 
     def _raise(self, error: Exception, input: Any, weight: Tensor) -> NoReturn:
         """Say what is wrong with an input that PyTorch refused, in one sentence; or pass its error on."""
