@@ -354,8 +354,7 @@ class Chooser:
                 budget = self.budget(problem)
                 left = max(budget.seconds - (time.monotonic() - began), 0.6 * budget.seconds)
                 config = replace(budget, seconds=left)
-                known = [before] if before else [record for _, record in self._similar(problem)]
-                seeds = [Schedule.from_json(r.schedule) for r in known if r.schedule]
+                seeds = self._seeds(problem, before)
                 rng = random.Random(json.dumps(key, sort_keys=True))
                 result = tune(workload, config, rng, partial(self.bar.update, name), seeds)
         except NoCompilerError:
@@ -380,6 +379,12 @@ class Chooser:
         """What was tuned for the most similar problems."""
         found = [(entry, self._record(entry, problem)) for entry in similar(self.cache, self.key(problem))]
         return [(entry, record) for entry, record in found if record]
+
+    def _seeds(self, problem: Problem, before: Record | None) -> list[Schedule]:
+        """What was best for this problem so far, and for similar ones."""
+        records = [before, *(record for _, record in self._similar(problem))]
+        texts = {json.dumps(item.schedule): item.schedule for item in records if item and item.schedule}
+        return [Schedule.from_json(schedule) for schedule in texts.values()]
 
     def _nearest(self, problem: Problem) -> Choice | None:
         """The choice for the most similar problem that was tuned."""

@@ -74,7 +74,7 @@ class _Graph:
         count = len(self.calls.get(id(module), ()))
         if count != 1:
             return f"{name} is called at {count} places" if count else f"no forward calls {name}"
-        if any(getattr(module, kind, None) for kind in _HOOKS):
+        if _has_hooks(module):
             return f"{name} has hooks"
         if id(module) in self.read:
             return f"the forward reads the parameters of {name} itself"
@@ -85,7 +85,10 @@ class _Graph:
         return f"{name} is in train mode" if module.training else ""
 
     def next(self, node: fx.Node, name: str) -> tuple[fx.Node | None, str]:
-        """The call that takes a result and nothing else does, or None and why there is none."""
+        """The call that takes a result and nothing else does, or None and why there is none.
+
+        An ``nn.Identity`` in between counts for nothing.
+        """
         users = list(node.users)
         if len(users) != 1:
             return None, f"the result of {name} is used at {len(users)} places"
@@ -99,7 +102,13 @@ class _Graph:
             return None, f"{name} is followed by {getattr(user.target, '__name__', user.target)}"
         if user.args != (node,) or user.kwargs:
             return None, f"{self.modules[user][0]} after {name} takes more than its result"
-        return user, ""
+        module = self.modules[user][1]
+        passes = type(module) is nn.Identity and not _has_hooks(module) and "forward" not in vars(module)
+        return self.next(user, name) if passes else (user, "")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, kind, None) for kind in _HOOKS)
 
 
 def _held(module: nn.Module) -> Iterator[nn.Module]:

@@ -417,6 +417,22 @@ def test_the_nearest_size_serves_after_a_check(world: World, cache: Cache) -> No
     assert outcome(choice) < 1e-6
 
 
+def test_a_schedule_serves_where_something_else_follows_the_sum(world: World, cache: Cache) -> None:
+    world.seconds = {-1: 3.0, 5: 1.0}
+    chooser(cache).choose(PROBLEM)
+    with pytest.warns(G3DSwapWarning, match="nearest size 5x6x7"):
+        choice = again(cache).choose(replace(PROBLEM, bias=not PROBLEM.bias, activation="silu"))
+    assert choice.source == "nearest" and choice.schedule == schedule(5).to_json()
+    assert choice.problem.activation == "silu" and outcome(choice) < 1e-6
+
+
+def test_tuning_begins_with_the_schedule_of_the_same_sum(world: World, cache: Cache) -> None:
+    chooser(cache).choose(PROBLEM)
+    world.built.clear()
+    choice = again(cache, "quick").choose(replace(PROBLEM, activation="relu"))
+    assert world.built[0] == 5 and choice.source == "tuned" and choice.schedule == schedule(5).to_json()
+
+
 def test_a_nearest_that_is_wrong_here_is_passed_over(world: World, cache: Cache) -> None:
     world.seconds = {-1: 3.0, 5: 1.0}
     chooser(cache).choose(sized(5, 6, 7))

@@ -198,6 +198,34 @@ def test_a_whole_module_and_safetensors() -> None:
     assert safetensors.torch.load_file("tensors.safetensors").keys() == net().state_dict().keys()
 
 
+def test_a_fused_checkpoint_and_its_verification() -> None:
+    words = ["convert", "model.pth", "-o", "fused.pth", *GIVEN, "--tune", "none"]
+    report = json.loads(succeeds(*words, "--fuse", "--verify", "model", "--json"))
+    assert [(row["name"], row["norm"], row["activation"]) for row in report["fused"]] == [("1", "2", "")]
+    assert "Fused for inference" in succeeds(*words, "--fuse", "--force")
+    before, after = load("model.pth"), load("fused.pth")
+    names = {key.removeprefix("module.") for key in after["state_dict"]}
+    assert names == {"0.weight", "0.bias", "1.weight", "1.bias", "1.norm_is_folded"} and after["epoch"] == 3
+    assert not torch.equal(after["state_dict"]["module.1.weight"], before["state_dict"]["module.1.weight"])
+    verification = json.loads(succeeds("verify", "model.pth", "fused.pth", *GIVEN, "--json"))
+    assert verification["ok"] and [item["name"] for item in verification["tensors"]] == ["output"]
+    after["state_dict"]["module.1.bias"] += 1e-3
+    torch.save(after, "fused.pth")
+    assert run("verify", "model.pth", "fused.pth", *GIVEN).exit_code == 3
+    torch.save(net(), "whole.pth")
+    given = ["--input", "2x2x3x5x6", "--device", "cpu", "--tune", "none", "--trust"]
+    succeeds("convert", "whole.pth", "-o", "fast.pth", *given, "--fuse")
+    fast = torch.load("fast.pth", weights_only=False)
+    assert [type(module).__name__ for module in fast] == ["Conv3d", "Fused3D", "Identity"]
+    assert fast(torch.ones(1, 2, 3, 5, 6)).shape == (1, 8, 3, 5, 6)
+
+
+def test_a_program_is_not_fused() -> None:
+    torch.export.save(torch.export.export(net().eval(), (torch.ones(2, 2, 3, 5, 6),)), "model.pt2")
+    result = run("convert", "model.pt2", "-o", "fast.pt2", "--fuse")
+    assert result.exit_code == 2 and "A program's layers are not fused: fuse the model" in result.stderr
+
+
 @pytest.mark.filterwarnings("always::g3dswap.errors.G3DSwapWarning")
 def test_without_a_compiler_pytorchs_kernels_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")

@@ -138,6 +138,18 @@ def test_only_a_norm_and_only_an_activation() -> None:
     assert (row.name, row.reason) == ("0", "2 (Tanh) after 1 is not an activation that a kernel applies")
 
 
+def test_an_identity_in_between_is_passed_unless_somebody_listens_there() -> None:
+    def model() -> nn.Sequential:
+        return nn.Sequential(conv(), nn.Identity(), norm(), nn.Identity(), nn.Identity(), nn.ReLU()).eval()
+
+    fast = convert(model(), X, fuse=True)
+    assert (report(fast).fused[0].norm, report(fast).fused[0].activation) == ("2", "5")
+    hooked = model()
+    hooked[4].register_forward_hook(lambda *_: None)
+    assert report(convert(hooked, X, fuse=True)).fused[0].activation == ""
+    assert [type(m) for m in revert(fast).modules()] == [type(m) for m in hooked.modules()]
+
+
 def test_without_inputs_and_on_layers_that_were_converted_before() -> None:
     model = Block()
     later: Any = convert(model, fuse=True)

@@ -89,3 +89,25 @@ def test_a_public_network(build: Callable[[], tuple[nn.Module, Tensor]]) -> None
     assert {*(row.name for row in report.swapped), *(row.name for row in report.kept)} == set(grouped)
     assert len(report.swapped) >= 0.8 * len(grouped), str(report)
     g3dswap.verify(network, fast, (clip,)).check()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("roi_align")
+@pytest.mark.parametrize(("build", "activations"), [(x3d, 1), (csn, 16)])  # X3D has a swish of its own
+def test_a_public_network_fused(build: Callable[[], tuple[nn.Module, Tensor]], activations: int) -> None:
+    network, clip = build()
+    for module in network.eval().modules():
+        if isinstance(module, nn.BatchNorm3d):  # as a trained one has it, not zeros and ones
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    fast = g3dswap.convert(network, (clip,), fuse=True, tune="none", progress=False)
+    report = g3dswap.report(fast)
+    assert type(fast) is type(network)
+    assert [row.name for row in report.fused] == [row.name for row in report.swapped]
+    assert all(row.norm for row in report.fused), str(report)
+    assert sum(bool(row.activation) for row in report.fused) == activations, str(report)
+    g3dswap.verify(network, fast, (clip,)).check()
+    state = g3dswap.revert(fast).state_dict()
+    assert list(state) == list(network.state_dict())
+    assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())

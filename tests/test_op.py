@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 
 from g3dswap import choose, execute, native, op
-from g3dswap.problem import DTYPES
+from g3dswap.errors import ArgumentError
+from g3dswap.problem import ACTIVATIONS, DTYPES
 from tests.kernels import Recorder
 from tests.profiles import examples
 
@@ -243,6 +244,39 @@ def test_opcheck(grad: bool, kernels: Recorder) -> None:
     for input in (x, x[0].detach().requires_grad_(grad), arranged(x.detach(), "channels_last_3d")):
         torch.library.opcheck(CONV3D, (input, w, b, *CONF, "none", ""))
     assert kernels.runs
+
+
+ACTIVATED = (*CONF, "none", "", False, [0, 0, 0])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_activation_is_part_of_the_forward_pass(grad: bool, activation: str, either: Recorder) -> None:
+    x, w, b = operands(grad=grad)
+    want = native.activate(activation, PYTORCH(x, w, b, *CONF))
+    for input in (x, x[0], x[:0]):
+        whole = native.activate(activation, PYTORCH(input, w, b, *CONF))
+        torch.testing.assert_close(CONV3D(input, w, b, *ACTIVATED, activation), whole)
+        torch.testing.assert_close(CALL(input, w, b, *ACTIVATED, activation), whole)
+    # Where a gradient is needed, so is what goes into the activation: it is PyTorch's then.
+    activations = {problem.activation for problem, *_ in either.resolved}
+    assert activations == ({""} if grad else {activation})
+    if grad:
+        grads = [
+            torch.autograd.grad(f(x, w, b, *ACTIVATED, activation).sum(), [x, w, b]) for f in (CONV3D, CALL)
+        ]
+        for ours in grads:
+            torch.testing.assert_close(ours, torch.autograd.grad(want.sum(), [x, w, b], retain_graph=True))
+
+
+def test_opcheck_with_an_activation(kernels: Recorder) -> None:
+    x, w, b = operands(torch.float32, grad=False)
+    torch.library.opcheck(CONV3D, (x, w, b, *ACTIVATED, "silu"))
+    torch.library.opcheck(CONV3D, (x.requires_grad_(), w, b, *ACTIVATED, "gelu"))
+    f = torch.vmap(lambda x: CONV3D(x, w, b, *ACTIVATED, "relu"))
+    torch.testing.assert_close(f(x.detach()[None]), PYTORCH(x, w, b, *CONF).relu()[None])
+    with pytest.raises(ArgumentError, match="activation='tanh' is unknown; use one of"):
+        CONV3D(x.detach(), w, b, *ACTIVATED, "tanh")
 
 
 @pytest.mark.parametrize("mask", [[True, True, True], [False, True, False], [True, False, True]])

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from g3dswap.choice import problem_from_json, problem_to_json
 from g3dswap.errors import ArgumentError
-from g3dswap.problem import Geometry, Problem, device_facts, dtype_name
+from g3dswap.problem import ACTIVATIONS, Geometry, Problem, device_facts, dtype_name
 
 SEED = Geometry(64, 64, 64, (50, 50, 50), (3, 3, 3))
 SMALL = Geometry(4, 6, 2, (5, 6, 7), (3, 2, 1), (2, 1, 1), (1, 0, 2), (1, 2, 3))
@@ -70,6 +71,8 @@ def test_bad_geometry(changes: dict[str, Any], message: str) -> None:
         ({"dtype": torch.int64}, "dtype int64 has no kernels; use one of float32"),
         ({"direction": "grad_input", "bias": True}, "only a forward pass adds a bias"),
         ({"transposed": True, "bias": True}, "bias=True in a grad_input pass: only a forward pass adds"),
+        ({"activation": "tanh"}, "activation='tanh' is unknown; use one of , relu, silu"),
+        ({"direction": "grad_input", "activation": "relu"}, "in a grad_input pass: only a forward pass has"),
     ],
 )
 def test_bad_problem(changes: dict[str, Any], message: str) -> None:
@@ -119,6 +122,7 @@ def test_key_is_flat_json_and_tells_problems_apart() -> None:
         {"precision": "tf32"},
         {"deterministic": True},
         {"transposed": True},
+        *({"activation": name} for name in ACTIVATIONS),
         *({"geometry": replace(SMALL, **change)} for change in geometries),
     ]
     others = [replace(problem, **change) for change in changes]
@@ -131,6 +135,16 @@ def test_a_transposed_layers_forward_pass_adds_a_bias_for_each_channel_of_its_re
     plain, bias = (Problem("grad_input", SMALL, transposed=True, bias=bias) for bias in (False, True))
     assert (plain.bias_size, bias.bias_size) == (0, 4) and bias.bytes(2) == plain.bytes(2) + 4 * 4
     assert bias.layer_pass == "forward" and str(bias).endswith("bias, transposed")
+
+
+def test_an_activation_is_in_the_key_and_in_json_only_where_there_is_one() -> None:
+    plain, relu = (Problem("forward", SMALL, activation=name) for name in ("", "relu"))
+    assert "activation" not in plain.key() and relu.key() == {**plain.key(), "activation": "relu"}
+    for problem in (plain, relu):
+        assert problem_from_json(json.loads(json.dumps(problem_to_json(problem)))) == problem
+    assert "activation" not in problem_to_json(plain) and str(relu).endswith("cpu, relu")
+    with pytest.raises(ValueError, match="'tanh' is none of"):
+        problem_from_json({**problem_to_json(relu), "activation": "tanh"})
 
 
 def test_key_refuses_another_kind_of_device() -> None:
