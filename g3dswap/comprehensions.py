@@ -57,9 +57,9 @@ def grad_weight(float(N,G,F,TO,HO,WO) dO, float(N,G,C,T,H,W) I) -> (dK) {
 ACTIVATIONS = {
     "relu": "fmax({y}, 0)",
     "silu": "{y} / (1 + exp(-{y}))",
-    "gelu": "0.5 * {y} * (1 + erf({y} / sqrt(2)))",
+    "gelu": "0.5 * {y} * (1 + erf(sqrt(0.5) * {y}))",
     "gelu_tanh": "0.5 * {y} * (1 + tanh(0.7978845608028654 * ({y} + 0.044715 * {y} * {y} * {y})))",
-    "hardswish": "{y} * fmin(fmax({y} + 3, 0), 6) / 6",
+    "hardswish": "{y} * fmin(fmax({y} + 3, 0), 6) * (1 / 6)",
 }
 """The activations of ``problem.ACTIVATIONS`` in the notation; ``{y}`` is the result."""
 

@@ -147,3 +147,24 @@ def test_a_converted_layer_in_a_cuda_graph(dtype: torch.dtype, untimed: None) ->
         problem = Problem("forward", geometry, dtype, device="cuda")
         reference = native.reference(problem, other, conv.weight, None)
         assert native.error(out, reference) <= native.bound(problem, other, conv.weight, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Hardswish()], ids=str
+)
+def test_a_fused_layer(activation: nn.Module, transposed: bool, dtype: torch.dtype, untimed: None) -> None:
+    """Folding and the activation in the kernel, against the three layers one after the other."""
+    kind = nn.ConvTranspose3d if transposed else nn.Conv3d
+    norm = nn.BatchNorm3d(16)
+    nn.init.uniform_(norm.running_mean)  # type: ignore[arg-type]
+    nn.init.uniform_(norm.running_var, 0.5, 2)  # type: ignore[arg-type]
+    model = nn.Sequential(kind(8, 16, 3, padding=1, groups=4), norm, activation).to(DEVICE, dtype).eval()
+    x = torch.randn(2, 8, 4, 9, 11, device=DEVICE, dtype=dtype)
+    fast = g3dswap.convert(model, x, fuse=True, tune="none", progress=False)
+    (item,) = g3dswap.report(fast).swapped
+    assert item.verified and [choice.source for choice in item.calls[0].passes] == ["default"]
+    assert g3dswap.report(fast).fused[0].kind
+    g3dswap.verify(model, fast, x).check()

@@ -20,19 +20,6 @@ from .syntax import FUNCTIONS, Binary, Call, Expr, Name, Neg, Number, Ref, child
 NEGATE = "neg"
 """What `fold` calls the unary minus; every other operator and function has its name in the notation."""
 
-TANH = {
-    "float32": (0.4225, (-0.33333334, 0.13333292, -0.053956736, 0.021748774, -0.008279478, 0.0022215622)),
-    "float64": (
-        0.09,
-        (
-            -0.3333333333333333, 0.1333333333332946, -0.05396825395920932, 0.021869487729979938,
-            -0.008863200174565789, 0.0035912834236614985, -0.001444589576037322, 0.0005109241496061606,
-        ),
-    ),
-}  # fmt: skip
-"""Where x^2 is below the first number, tanh(x) = x + x^3 * p(x^2), to rounding, with p fitted at
-Chebyshev nodes and its coefficients from the lowest up.  Elsewhere 1 - 2 / (exp(2 x) + 1) loses no digits."""
-
 _NUMPY: dict[str, Callable[..., Any]] = {
     NEGATE: operator.neg, "+": operator.add, "-": operator.sub, "*": operator.mul, "/": np.divide,
     "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "tanh": np.tanh, "fabs": np.abs,

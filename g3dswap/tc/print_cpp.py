@@ -91,7 +91,7 @@ class _Printer(CopyPrinter):
         self.emit("return failed;")
         head = f"// {nest.name}\n" + "".join(f"// {line}\n" for line in str(nest).splitlines()[1:])
         signature = 'extern "C" int run(const void* const* operands, void* out, int64_t batch, int threads) {'
-        start = head + prelude(self.compute, self.width) + pointwise_cpp(nest, self.compute)
+        start = head + prelude(self.compute, self.width) + pointwise_cpp(nest, self.compute, self.width)
         return "\n".join([start, signature, *self.lines, "}", ""])
 
     def scratch(self) -> None:

@@ -51,9 +51,9 @@ def product(value: str, dtype: str = "float32") -> Nest:
 
 
 def run(kernel: Kernel, *operands: Tensor) -> Tensor:
-    out = torch.full((40, 4), torch.nan, dtype=operands[0].dtype)
+    out = torch.full((40, 4), torch.nan, dtype=operands[0].dtype, device=operands[0].device)
     kernel(*operands, out=out)
-    return out
+    return out.cpu()
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of Triton's interpreter
@@ -73,11 +73,11 @@ def test_every_function_element_by_element(value: str, dtype: str) -> None:
     found = torch.from_numpy(interpret(nest, {"A": a.double().numpy(), "B": b.double().numpy()}))
     torch.testing.assert_close(found, FUNCTIONS[value](a.double() @ b.double()), rtol=1e-14, atol=0)
     eps = torch.finfo(a.dtype).eps
-    targets = {"cpp": CPP}
-    if not torch.cuda.is_available() and _has_triton():
-        targets["triton"] = TRITON
-    for target, digits in targets.items():
-        got = run(build(nest, schedule(digits), target), a, b).double()
+    targets = {"cpp": (CPP, "cpu")}
+    if _has_triton():
+        targets["triton"] = TRITON, "cuda" if torch.cuda.is_available() else "cpu"
+    for target, (digits, device) in targets.items():
+        got = run(build(nest, schedule(digits), target), a.to(device), b.to(device)).double()
         # Of each element, since a norm would hide the small ones; exp magnifies its argument's error.
         allowed = 8 * eps * want.abs() * (1 + exact.abs() * ("exp" in value))
         wrong = ~((got - want).abs() <= allowed) & (got != want) & (want.abs() < torch.finfo(a.dtype).max)
