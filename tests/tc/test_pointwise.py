@@ -35,8 +35,8 @@ FUNCTIONS: dict[str, Any] = {
     "fmax(S(i,j), 2) - fmin(-S(i,j), N / 2)": lambda x: x.clamp_min(2) - (-x).clamp_max(1.5),
     "1 / (1 + S(i,j) * S(i,j))": lambda x: 1 / (1 + x * x),
 }
-TRITON = "i rest grid | k rest serial | j 4 lanes"
-CPP = "i rest grid | j rest serial | k rest serial | j 4 lanes"
+TRITON = "i rest grid | k rest serial | j 16 lanes"
+CPP = "i rest grid | j rest serial | k rest serial | j {} lanes"
 
 
 def schedule(digits: str) -> Schedule:
@@ -44,14 +44,14 @@ def schedule(digits: str) -> Schedule:
 
 
 def product(value: str, dtype: str = "float32") -> Nest:
-    """A matrix product of 40x1 and 1x4 whose elements go through a function."""
+    """A matrix product of 40x1 and 1x16 whose elements go through a function."""
     text = f"def f(float(M,K) A, float(K,L) B) -> (S) {{ S(i,j) +=! A(i,k) * B(k,j) \n S(i,j) = {value} }}"
-    sizes = {"M": 40, "K": 1, "L": 4, "N": 3}
-    return lower(parse(text), sizes, {"A": (1, 1), "B": (4, 1), "S": (4, 1)}, dtype)
+    sizes = {"M": 40, "K": 1, "L": 16, "N": 3}
+    return lower(parse(text), sizes, {"A": (1, 1), "B": (16, 1), "S": (16, 1)}, dtype)
 
 
 def run(kernel: Kernel, *operands: Tensor) -> Tensor:
-    out = torch.full((40, 4), torch.nan, dtype=operands[0].dtype, device=operands[0].device)
+    out = torch.full((40, 16), torch.nan, dtype=operands[0].dtype, device=operands[0].device)
     kernel(*operands, out=out)
     return out.cpu()
 
@@ -61,22 +61,19 @@ def run(kernel: Kernel, *operands: Tensor) -> Tensor:
 @pytest.mark.parametrize("value", FUNCTIONS)
 def test_every_function_element_by_element(value: str, dtype: str) -> None:
     nest = product(value, dtype)
-    a = torch.cat(
-        [torch.linspace(-6, 6, 31), torch.tensor([0.0, 1e-4, -1e-3, 0.3, 0.64, 0.66, 0.99, 1.01, 50])]
-    )
-    a, b = (
-        a.to(getattr(torch, dtype)).view(40, 1),
-        torch.tensor([[1.0, -1.0, 0.5, 1.7]], dtype=getattr(torch, dtype)),
-    )
+    near = torch.tensor([0.0, 1e-4, -1e-3, 0.3, 0.64, 0.66, 0.99, 1.01, 50])
+    a = torch.cat([torch.linspace(-6, 6, 31), near]).to(getattr(torch, dtype)).view(40, 1)
+    b = torch.tensor([1.0, -1.0, 0.5, 1.7], dtype=a.dtype).repeat(4).view(1, 16)
     exact = (a @ b).double()
     want = FUNCTIONS[value](exact)
     found = torch.from_numpy(interpret(nest, {"A": a.double().numpy(), "B": b.double().numpy()}))
     torch.testing.assert_close(found, FUNCTIONS[value](a.double() @ b.double()), rtol=1e-14, atol=0)
     eps = torch.finfo(a.dtype).eps
-    targets = {"cpp": (CPP, "cpu")}
+    # Whole registers have instructions of their own.
+    targets = [("cpp", CPP.format(lanes), "cpu") for lanes in (2, 64 // a.itemsize)]
     if _has_triton():
-        targets["triton"] = TRITON, "cuda" if torch.cuda.is_available() else "cpu"
-    for target, (digits, device) in targets.items():
+        targets.append(("triton", TRITON, "cuda" if torch.cuda.is_available() else "cpu"))
+    for target, digits, device in targets:
         got = run(build(nest, schedule(digits), target), a.to(device), b.to(device)).double()
         # Of each element, since a norm would hide the small ones; exp magnifies its argument's error.
         allowed = 8 * eps * want.abs() * (1 + exact.abs() * ("exp" in value))
@@ -125,8 +122,8 @@ def test_sums_over_lanes_and_half_types_go_through_the_function_once() -> None:
 
 def test_the_nest_says_what_it_does_to_its_result() -> None:
     nest = product("fmax(S(i,j) * (L - 1), 0) / sqrt(4)")
-    assert [str(expr) for expr in nest.pointwise] == ["fmax(S(i, j) * 3.0, 0) / 2.0"]
-    assert str(nest).endswith("  S(i, j) = fmax(S(i, j) * 3.0, 0) / 2.0")
+    assert [str(expr) for expr in nest.pointwise] == ["fmax(S(i, j) * 15.0, 0) / 2.0"]
+    assert str(nest).endswith("  S(i, j) = fmax(S(i, j) * 15.0, 0) / 2.0")
     two = lower(
         parse("def f(float(N) A) -> (O) { O(i) +=! A(i) \n O(i) = O(i) + O(i) \n O(i) = exp(-O(i)) }"),
         {"N": 3}, {"A": (1,), "O": (1,)}, "float64",
@@ -169,7 +166,9 @@ def test_a_sum_that_is_split_over_the_grid_has_no_function(target: str) -> None:
 
 
 def test_golden_sources(golden: Golden) -> None:
-    golden("cpp_pointwise.cpp.txt", show(product("S(i,j) / (1 + exp(-S(i,j)))"), schedule(CPP), "cpp"))
+    golden(
+        "cpp_pointwise.cpp.txt", show(product("S(i,j) / (1 + exp(-S(i,j)))"), schedule(CPP.format(16)), "cpp")
+    )
     golden("triton_pointwise.py.txt", show(product("tanh(fmax(S(i,j), 0))"), schedule(TRITON), "triton"))
 
 
