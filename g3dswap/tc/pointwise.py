@@ -57,8 +57,12 @@ def fold(expr: Expr, result: T, number: Callable[[float], T], apply: Callable[[s
 
 def evaluate(expr: Expr, result: NDArray[np.float64]) -> NDArray[np.float64]:
     """The expression of each element, in float64."""
+
+    def number(value: float) -> NDArray[np.float64]:
+        return np.asarray(value, np.float64)
+
     with np.errstate(all="ignore"):
-        return np.asarray(fold(expr, result, np.asarray, lambda name, args: _NUMPY[name](*args)))
+        return np.asarray(fold(expr, result, number, lambda name, args: _NUMPY[name](*args)))
 
 
 def simplified(expr: Expr, sizes: Mapping[str, int]) -> Expr:
@@ -71,7 +75,7 @@ def simplified(expr: Expr, sizes: Mapping[str, int]) -> Expr:
             return _literal(sizes[name], expr)
         case Name(name=name):
             raise NotationError(
-                f"'{name}' is an index, no number; a function of the result has numbers and sizes."
+                f"'{name}' has no value when a kernel is printed; use numbers and known sizes."
             )
         case Neg(operand=operand):
             found: Expr = Neg(simplified(operand, sizes))

@@ -124,6 +124,8 @@ def test_the_nest_says_what_it_does_to_its_result() -> None:
     nest = product("fmax(S(i,j) * (L - 1), 0) / sqrt(4)")
     assert [str(expr) for expr in nest.pointwise] == ["fmax(S(i, j) * 15.0, 0) / 2.0"]
     assert str(nest).endswith("  S(i, j) = fmax(S(i, j) * 15.0, 0) / 2.0")
+    large = product("S(i,j) - 999999999999999999 * 999999999999999999")
+    assert str(large.pointwise[0]) == "S(i, j) - 1e+36"
     two = lower(
         parse("def f(float(N) A) -> (O) { O(i) +=! A(i) \n O(i) = O(i) + O(i) \n O(i) = exp(-O(i)) }"),
         {"N": 3}, {"A": (1,), "O": (1,)}, "float64",
