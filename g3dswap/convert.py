@@ -185,8 +185,8 @@ def revert(model: nn.Module) -> nn.Module:
         )
     forget(model)
     forget_choices(model)
-    for module in model.modules():
-        take_off(module)
+    for part in model.modules():
+        take_off(part)
     plain = {key: item.to_conv() if isinstance(item, Grouped) else item for key, item in new.items()}
     return _replaced(model, plain)
 

@@ -314,7 +314,7 @@ class _Printer:
                 value = self.outcome(f"tl.sum({value}, axis={dim}, keep_dims=True)")
         for addend in self.nest.addends:
             value = self.add(value, addend, point)
-        return pointwise_triton(self.nest, value, self.compute, self.result)
+        return pointwise_triton(self.nest, value, self.compute, self.outcome)
 
     def write_out(self, spot: Spot, value: str, base: str = "") -> None:
         pointer = self.write.pointer(spot, "", self.shift(), base)
