@@ -157,13 +157,22 @@ def _sides(nest: Nest) -> list[str]:
 class _Roles:
     """image, other: parallel axes of one factor alone.  depth: reductions of both.
 
-    Positions are axes that a shifted index steps along; `at` says whose they are, "image" or "depth".
+    along: whether the image's parallel axes are positions, along which shifted indices step; else the depth's
+    are, and the image's are channels.
     """
 
     image: tuple[str, ...]
     other: tuple[str, ...]
     depth: tuple[str, ...]
-    at: str
+    along: bool
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        return self.image if self.along else self.depth
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return self.depth if self.along else self.image
 
 
 def _roles(nest: Nest) -> _Roles:
@@ -174,7 +183,7 @@ def _roles(nest: Nest) -> _Roles:
     own = tuple(a.name for a in usable if a.name in image.axes - other.axes and not a.reduce)
     mine = tuple(a.name for a in usable if a.name in other.axes - image.axes and not a.reduce)
     both = tuple(a.name for a in usable if a.name in image.axes & other.axes and a.reduce)
-    return _Roles(own, mine, both, "image" if shifted & set(own) else "depth")
+    return _Roles(own, mine, both, bool(shifted & set(own)))
 
 
 def packings(nest: Nest) -> list[Packs]:
@@ -183,8 +192,7 @@ def packings(nest: Nest) -> list[Packs]:
     shared = image.axes & other.axes & nest.output.axes
     batch = [a for a in nest.axes if a.name in shared and (a.extent or 1) > 1]
     roles = _roles(nest)
-    channels = [roles.other, roles.depth if roles.at == "image" else roles.image]
-    wide = max(math.prod(nest.extent(a) or 1 for a in axes) for axes in channels)
+    wide = max(math.prod(nest.extent(a) or 1 for a in axes) for axes in (roles.other, roles.channels))
     found: list[Packs] = [()] if wide >= LEAST or not batch else []
     for axis in batch[:1]:
         for count in (2, 4, 8, 16, 32, 64):
@@ -205,17 +213,10 @@ def families(nest: Nest) -> Iterator[tuple[list[Product], list[Product]]]:
         roles = _roles(whole)
         if not all((roles.image, roles.other, roles.depth)):
             continue
-        runs = _runs(whole, roles.image if roles.at == "image" else roles.depth)
-        for positions in runs:
+        for positions in _runs(whole, roles.positions):
             products = list(_products(whole, roles, packs, positions))
-            typical: dict[Tile, Product] = {}
-            for product in products:
-                if (
-                    product.depth[1] * product.rows[1] * product.cols[1] <= TYPICAL
-                    or product.tile not in typical
-                ):
-                    typical[product.tile] = product
-            yield list(typical.values()), products
+            small = {p.tile: p for p in products if math.prod(n for _, n in p.sides.values()) <= TYPICAL}
+            yield list(({p.tile: p for p in reversed(products)} | small).values()), products
 
 
 def _runs(nest: Nest, axes: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -229,12 +230,11 @@ def _products(nest: Nest, roles: _Roles, packs: Packs, positions: tuple[str, ...
     steps = math.prod(-(-(nest.extent(a) or 1) // dict(blocks).get(a, 1)) for a in positions)
     most = max(LEAST, power(steps, POSITIONS[-1]))
     places = [(positions, c) for c in POSITIONS if c <= most] or [(positions, most)]
-    at_image = roles.at == "image"
-    channels = _channels(nest, roles.depth if at_image else roles.image)
+    channels, others = _channels(nest, roles.channels), _channels(nest, roles.other)
     for tile, place, own, other in itertools.product(
-        _tiles(nest, positions, blocks), places, channels, _channels(nest, roles.other)
+        _tiles(nest, positions, blocks), places, channels, others
     ):
-        image, depth = (place, own) if at_image else (own, place)
+        image, depth = (place, own) if roles.along else (own, place)
         for rows, cols in ((image, other), (other, image)):
             for warps, split in itertools.product(
                 _warps(nest, rows, cols, tile), _splits(nest, (rows, cols, depth), tile)
@@ -316,12 +316,8 @@ def mutate(nest: Nest, product: Product, rng: random.Random) -> Product:
         return replace(product, rows=rows, cols=cols, depth=depth)
     whole = packed_by(nest, product.pack)
     if choice == 1:
-        roles = _roles(whole)
-        positions = next(
-            axes
-            for axes, _ in product.sides.values()
-            if set(axes) <= set(roles.image if roles.at == "image" else roles.depth)
-        )
+        known = set(_roles(whole).positions)
+        positions = next(axes for axes, _ in product.sides.values() if set(axes) <= known)
         blocks = tuple((a, c) for a, c in product.tile if a in positions)
         return replace(product, tile=rng.choice(_tiles(whole, positions, blocks)))
     if choice == 2:
