@@ -406,23 +406,6 @@ def test_compile_with_a_dynamic_batch_compiles_once(kernels: Recorder) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inductor's own
-def test_inductor(kernels: Recorder) -> None:
-    conv, ours = pair(4, 8, 3, groups=2, dtype=torch.float32)
-    nets = [nn.Sequential(layer, nn.ReLU()) for layer in (conv, ours)]
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(nets[1], fullgraph=True)
-    for batch in (2, 3, 5):
-        x = torch.randn(batch, 4, 5, 6, 7)
-        results = []
-        for net in (nets[0], compiled):
-            out = net(x)
-            results.append([out, *torch.autograd.grad(out.sin().sum(), list(net.parameters()))])
-        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
-    torch._dynamo.reset()
-
-
 def test_compile_under_autocast(kernels: Recorder) -> None:
     ours = Grouped3D(4, 8, 3, groups=2)
     torch._dynamo.reset()
@@ -456,14 +439,6 @@ def test_fx_traces_through_it(kernels: Recorder) -> None:
     x = torch.randn(2, 4, 5, 6, 7)
     assert torch.equal(traced(x), net(x))
     assert any("g3dswap" in str(node.target) for node in traced.graph.nodes)
-
-
-def test_checkpointing_and_data_parallel_copies(kernels: Recorder) -> None:
-    conv, ours = pair(4, 4, 3, groups=2, dtype=torch.float32)
-    x = torch.randn(2, 4, 5, 5, 5, requires_grad=True)
-    out = torch.utils.checkpoint.checkpoint(ours, x, use_reentrant=False)
-    assert isinstance(out, Tensor)
-    torch.testing.assert_close(torch.autograd.grad(out.sum(), x), torch.autograd.grad(conv(x).sum(), x))
 
 
 def test_meta_device_and_to_empty() -> None:
