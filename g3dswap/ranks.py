@@ -1,17 +1,20 @@
 """One choice on all ranks of a distributed job.
 
 The first rank that needs a choice makes it and publishes it, as JSON, in the store of the default
-process group; the others wait for it there.  Nothing here is a collective: ranks may meet problems in
-any order, or never, and a choice may be made in the middle of a backward pass without getting between
-the collectives of that pass.
+process group; the others wait for it there, as long as it gives signs of life.  Nothing here is a
+collective: ranks may meet problems in any order, or never, and a choice may be made in the middle of a
+backward pass without getting between the collectives of that pass.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -19,12 +22,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from .errors import ArgumentError
+from .errors import ArgumentError, G3DSwapWarning
 
 T = TypeVar("T")
 
 PREFIX = "g3dswap/choice/"
 PAUSE = 0.02  # seconds between two looks
+BEAT = 2.0  # seconds between two signs of life
+SILENCE = 20.0  # seconds without one after which a rank is taken for dead
+FAILED = "failed"
 
 
 def active() -> bool:
@@ -75,7 +81,7 @@ def shares(items: list[T]) -> list[T]:
 
 def begun(topic: Mapping[str, Any]) -> bool:
     """Whether a rank has asked `agree` about a topic."""
-    return distributed_c10d._get_default_store().check([f"{_name(topic)}/asked"])
+    return distributed_c10d._get_default_store().check([f"{_name(topic)}/0/asked"])
 
 
 def _name(topic: Mapping[str, Any]) -> str:
@@ -87,22 +93,97 @@ def agree(
 ) -> tuple[dict[str, Any] | None, bool]:
     """The decision of the job about `topic`, and whether this rank has made it.
 
-    `decide` is called on one rank only and returns JSON.  None: the rank that decides failed, or took
-    longer than `patience` seconds; this rank is then on its own.
+    `decide` returns JSON.  It is called on one rank, and on another one if that rank fails, falls silent or
+    takes longer than `patience` seconds; a decision that is made all the same holds only if it comes first,
+    so that all ranks hear of the same.  None: the store is lost, and this rank is on its own.
     """
-    store, name = distributed_c10d._get_default_store(), _name(topic)
-    if store.add(f"{name}/asked", 1) == 1:
-        text = "null"  # what the others read if `decide` raises
-        try:
-            decision = decide()
-            text = json.dumps(decision)
-        finally:
-            store.set(f"{name}/decision", text)
-        return decision, True
-    # Asking again and again, because a wait that times out is reported on stderr by the store itself.
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        if store.check([f"{name}/decision"]):
-            return json.loads(store.get(f"{name}/decision")), False
+    name = _name(topic)
+    decided: dict[str, Any] | None = None
+    try:
+        store = distributed_c10d._get_default_store()
+        for turn in itertools.count():
+            place = f"{name}/{turn}"
+            if store.add(f"{place}/asked", 1) == 1:
+                with _Signs(store, place) as signs:
+                    decided = decide()
+                    signs.has_decided = True
+                text = json.dumps(decided)
+                first = store.compare_set(f"{name}/decision", "", text).decode()
+                return (decided, True) if first == text else (json.loads(first), False)
+            told = _told(store, name, place, patience)
+            if told is not None:
+                return json.loads(told), False
+    except dist.DistError as error:
+        warnings.warn(
+            f"The store of the process group is lost ({_first_line(error)}), and this rank chooses its "
+            "kernels alone; if the job ends, start it again: what was tuned is kept.",
+            G3DSwapWarning,
+            stacklevel=2,
+        )
+    return decided, decided is not None
+
+
+class _Signs(contextlib.AbstractContextManager["_Signs"]):
+    """Signs of life while this rank decides: its rank and a count in the store, `FAILED` if it fails.
+
+    They come from a thread of their own.
+    """
+
+    def __init__(self, store: dist.Store, place: str) -> None:
+        self.store, self.place = store, place
+        self.has_decided = False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> _Signs:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join(BEAT)  # where the store hangs, the others do not hear this rank either
+        if not self.has_decided:
+            self._sign(FAILED)
+
+    def _beat(self) -> None:
+        for count in itertools.count():
+            self._sign(str(count))
+            if self._over.wait(BEAT):
+                return
+
+    def _sign(self, text: str) -> None:
+        with contextlib.suppress(dist.DistError):  # whoever waits notices that, too
+            self.store.set(f"{self.place}/sign", f"{dist.get_rank()} {text}")
+
+
+def _told(store: dist.Store, name: str, place: str, patience: float) -> bytes | None:
+    """The decision about a topic, or None if this rank should ask for its turn.
+
+    It looks again and again, because a wait that times out is reported on stderr by the store itself.
+    """
+    began = heard = time.monotonic()
+    sign = ""
+    while not store.check([f"{name}/decision"]):
+        now = time.monotonic()
+        before = sign
+        sign = store.get(f"{place}/sign").decode() if store.check([f"{place}/sign"]) else ""
+        rank, _, text = sign.partition(" ")
+        if sign != before:
+            heard = now
+        if text == FAILED:
+            return None
+        if now - heard > SILENCE or now - began > patience:
+            how = f"was silent for {now - heard:.0f} s" if now - heard > SILENCE else "took too long"
+            warnings.warn(
+                f"Rank {rank or 'unknown'}, which was to choose a kernel for all ranks, {how}: "
+                f"rank {dist.get_rank()} goes on without it.",
+                G3DSwapWarning,
+                stacklevel=3,
+            )
+            return None
         time.sleep(PAUSE)
-    return None, False
+    return store.get(f"{name}/decision")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

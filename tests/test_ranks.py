@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +22,20 @@ import torch.multiprocessing as mp
 
 from g3dswap import choose, ranks
 from g3dswap.choose import Chooser, _Decision
-from g3dswap.errors import ArgumentError
+from g3dswap.errors import ArgumentError, G3DSwapWarning
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc.cache import Cache
 from g3dswap.tc.trial import TunerConfig
 
 
-def _run(target: Callable[..., None], directory: Path, *arguments: Any, answers: int = 2) -> list[Any]:
-    """What two processes put into the queue, in that order; both must end well."""
+def _run(
+    target: Callable[..., None],
+    directory: Path,
+    *arguments: Any,
+    answers: int = 2,
+    codes: tuple[int, int] = (0, 0),
+) -> list[Any]:
+    """What two processes put into the queue, in that order; they must end with these codes."""
     context = mp.get_context("spawn")
     results = context.Queue()
     processes = [
@@ -35,9 +44,9 @@ def _run(target: Callable[..., None], directory: Path, *arguments: Any, answers:
     for process in processes:
         process.start()
     found = [results.get(timeout=60) for _ in range(answers)]
-    for process in processes:
+    for process, code in zip(processes, codes):
         process.join(60)
-        assert process.exitcode == 0
+        assert process.exitcode == code
     return found
 
 
@@ -79,35 +88,89 @@ def _failing_rank(rank: int, directory: str, results: Any) -> None:
         results.put("failed")
     dist.barrier()
     if rank == 1:
+        results.put(ranks.agree({"topic": 1}, lambda: {"by": 1}, 60))
+    dist.barrier()
+    if rank == 0:
         results.put(ranks.agree({"topic": 1}, fail, 60))
+    dist.destroy_process_group()
+
+
+def test_where_the_deciding_rank_fails_another_decides(tmp_path: Path) -> None:
+    assert _run(_failing_rank, tmp_path, answers=3) == ["failed", ({"by": 1}, True), ({"by": 1}, False)]
+
+
+def _slow_rank(rank: int, directory: str, results: Any, silent: bool) -> None:
+    """Rank 0 decides, or is stopped while it does, and goes on when rank 1 has lost its patience."""
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    ranks.SILENCE = 0.5 if silent else 60.0
+    if silent and rank == 0:
+        ranks._Signs._beat = lambda self: self._sign("0")  # type: ignore[method-assign]  # once
+
+    def slow() -> dict[str, Any]:
+        dist.barrier()
+        dist.barrier()
+        return {"by": 0}
+
+    if rank == 0:
+        results.put((0, ranks.agree({"topic": 1}, slow, 60), []))
+    else:
+        dist.barrier()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results.put((1, ranks.agree({"topic": 1}, lambda: {"by": 1}, 60 if silent else 0.3), []))
+        results.put((2, str(caught[0].message), [str(warning.category) for warning in caught[1:]]))
+        dist.barrier()
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_a_failure_of_the_deciding_rank_is_told(tmp_path: Path) -> None:
-    assert _run(_failing_rank, tmp_path) == ["failed", (None, False)]
+@pytest.mark.parametrize(("silent", "how"), [(True, r"was silent for \d+ s"), (False, "took too long")])
+def test_a_rank_does_not_wait_for_ever_and_there_is_one_decision(
+    silent: bool, how: str, tmp_path: Path
+) -> None:
+    first, second, (_, warning, more) = sorted(_run(_slow_rank, tmp_path, silent, answers=3))
+    assert first == (0, ({"by": 1}, False), []) and second == (1, ({"by": 1}, True), [])
+    wanted = f"Rank 0, which was to choose a kernel for all ranks, {how}: rank 1 goes on without it."
+    assert re.fullmatch(wanted, warning) and more == []
 
 
-def _slow_rank(rank: int, directory: str, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+def _rank_without_store(rank: int, directory: str, results: Any) -> None:
+    """Rank 0, which holds the store, dies while it decides."""
+    port = Path(directory, "port")
+    if rank == 0:
+        store = dist.TCPStore("localhost", 0, 2, True, wait_for_workers=False)
+        port.with_suffix(".new").write_text(str(store.port))
+        port.with_suffix(".new").rename(port)
+    else:
+        while not port.exists():
+            time.sleep(0.02)
+        store = dist.TCPStore("localhost", int(port.read_text()), 2, False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 
-    def hang() -> dict[str, Any]:
+    def die() -> dict[str, Any]:
         dist.barrier()
-        results.put("begun")
-        dist.barrier()
-        return {}
+        time.sleep(0.5)  # until the other waits
+        os._exit(0)
 
     if rank == 0:
-        ranks.agree({"topic": 1}, hang, 60)
-    else:
-        dist.barrier()
-        results.put(ranks.agree({"topic": 1}, hang, 0.3))
-        dist.barrier()
-    dist.destroy_process_group()
+        ranks.agree({"topic": 1}, die, 60)
+    dist.barrier()
+    with pytest.warns(G3DSwapWarning) as caught:
+        results.put(ranks.agree({"topic": 1}, die, 60))
+    results.put(str(caught[0].message))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # what is left of the process group waits
 
 
-def test_a_rank_does_not_wait_for_ever(tmp_path: Path) -> None:
-    assert (None, False) in _run(_slow_rank, tmp_path)
+def test_without_the_store_a_rank_is_on_its_own(tmp_path: Path) -> None:
+    answer, warning = _run(_rank_without_store, tmp_path)
+    assert answer == (None, False)
+    assert re.fullmatch(
+        r"The store of the process group is lost \(.+\), and this rank chooses its kernels alone; if the job "
+        "ends, start it again: what was tuned is kept.",
+        warning,
+    )
 
 
 def test_one_process_is_not_distributed() -> None:
@@ -130,7 +193,7 @@ class SlowChooser(Chooser):
 
     def _decide(self, problem: Problem, batch: int, label: str) -> _Decision:
         if self.dies:
-            os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.1)
         self.made.append(problem.geometry.groups)
         return self._decision(choose.native(problem, f"by {dist.get_rank()}"), 1)
@@ -144,7 +207,7 @@ def _share(rank: int, directory: str, results: Any, dies: bool) -> None:
         real(backend, init_method=f"file://{directory}/store", rank=rank, world_size=2)
 
     setattr(dist, "init_process_group", init)  # noqa: B010  torchrun names a port, a test a file
-    choose.PATIENCE = 0.5
+    ranks.SILENCE = 1.0
     with ranks.joined() as mine:
         assert mine == rank and ranks.active()
         chooser = SlowChooser(
@@ -169,8 +232,8 @@ def test_ranks_share_work_and_know_all_of_it(tmp_path: Path) -> None:
     assert {int(reason.split()[-1]) for reason in reasons} == {0, 1}
 
 
-def test_a_rank_that_dies_leaves_its_work_to_the_others(tmp_path: Path) -> None:
-    ((rank, _, made, reasons),) = _run(_share, tmp_path, True, answers=1)
+def test_a_rank_that_is_killed_leaves_its_work_to_the_others(tmp_path: Path) -> None:
+    ((rank, _, made, reasons),) = _run(_share, tmp_path, True, answers=1, codes=(0, -signal.SIGKILL))
     assert rank == 0 and sorted(made) == list(range(1, 9))
     assert set(reasons) == {"by 0"}
 

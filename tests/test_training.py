@@ -1,7 +1,7 @@
 """Ways to train and to run a converted model: each does what it does with the original, by our kernels.
 
-The kernels are real, untimed defaults, compiled here. A training run is right if its parameters are at most
-twice as far from those of a float64 run as the original model's are.
+The kernels are real, untimed defaults, compiled here; ``training.py`` says when a run is right. Training on
+several processes is in ``test_distributed.py``.
 """
 
 from __future__ import annotations
@@ -26,30 +26,9 @@ import g3dswap
 from g3dswap import choose, execute
 from g3dswap.workload import Candidate
 from tests.kernels import Recorder
+from tests.training import Net, Step, batches, check, converted, plain, start, train
 
-SHAPE = (4, 3, 4, 6, 5)
 PASSES = {"forward", "grad_input", "grad_weight"}
-
-
-class Net(nn.Module):
-    """Two grouped layers of the same shape, so that few kernels are compiled, between others that train."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv3d(3, 8, 1)
-        self.body = nn.Sequential(*[nn.Conv3d(8, 8, 3, padding=1, groups=4) for _ in range(2)])
-        self.norm = nn.BatchNorm3d(8)
-        self.head = nn.Linear(8, 4)
-
-    def features(self, x: Tensor) -> Tensor:
-        """What is recomputed under activation checkpointing."""
-        return torch.relu(self.norm(self.body(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(self.stem(x)).mean((2, 3, 4)))
-
-
-Step = Callable[[nn.Module, Tensor, Tensor], Any]
 Run = tuple[str, torch.dtype, str]  # pass, dtype, layout
 
 
@@ -97,36 +76,6 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return seen
 
 
-def converted(model: nn.Module) -> nn.Module:
-    """A copy with our kernels in both layers, which choose at their first call."""
-    fast = g3dswap.convert(model, tune="none", progress=False)
-    assert [row.name for row in g3dswap.report(fast).swapped] == ["body.0", "body.1"]
-    return fast
-
-
-def batches(model: nn.Module, count: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
-    """Clips and labels, the same for every model, in the dtype and place of its parameters."""
-    weight = next(model.parameters())
-    for seed in range(count):
-        generator = torch.Generator().manual_seed(seed)
-        clips = torch.randn(SHAPE, generator=generator).to(weight)
-        yield clips, torch.randint(4, SHAPE[:1], generator=generator).to(weight.device)
-
-
-def train(model: nn.Module, step: Step) -> nn.Module:
-    """Some steps of SGD; ``step`` leaves gradients."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    for clips, labels in batches(model):
-        optimizer.zero_grad()
-        step(model, clips, labels)
-        optimizer.step()
-    return model
-
-
-def plain(model: nn.Module, clips: Tensor, labels: Tensor) -> None:
-    cross_entropy(model(clips), labels).backward()
-
-
 def in_bfloat16(model: nn.Module, clips: Tensor, labels: Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         plain(model, clips, labels)
@@ -142,25 +91,6 @@ def compiled(model: nn.Module, clips: Tensor, labels: Tensor) -> None:
     torch._dynamo.reset()
     plain(torch.compile(model, backend="aot_eager", fullgraph=True), clips, labels)  # type: ignore[arg-type]
     torch._dynamo.reset()
-
-
-def start() -> Net:
-    torch.manual_seed(0)
-    return Net()
-
-
-@torch.no_grad()
-def distance(model: nn.Module, exact: nn.Module) -> float:
-    """How far the parameters of two models are apart, relative to their size."""
-    pairs = list(zip(model.parameters(), exact.parameters(), strict=True))
-    apart = sum(float((p.double().cpu() - e.cpu()).square().sum()) for p, e in pairs)
-    return (apart / sum(float(e.square().sum()) for _, e in pairs)) ** 0.5
-
-
-def check(fast: nn.Module, original: nn.Module, exact: nn.Module) -> None:
-    """The bound: twice the error of the original's run, and a floor of rounding."""
-    assert distance(start(), exact) > 1e-2  # there was something to learn
-    assert distance(fast, exact) <= 2 * distance(original, exact) + 1e-6
 
 
 def compare(step: Step, prepare: Callable[[Any], nn.Module] = lambda model: model) -> nn.Module:
