@@ -16,8 +16,13 @@ GRACE = 1.0  # seconds that a build may overrun its own time limit before it is 
 
 
 def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processor cores for this process's compilers, at least one.
+
+    Those that it may use; the processes that torchrun starts on one machine share them out.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, usable // max(1, int(processes) if processes.isdecimal() else 1))
 
 
 class Builds(Generic[S, C]):

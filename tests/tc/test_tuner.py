@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import subprocess
 import threading
@@ -14,6 +15,7 @@ import pytest
 
 from g3dswap.errors import CompileError, NoCompilerError, ScheduleError
 from g3dswap.tc import builds, trial
+from g3dswap.tc.builds import cores
 from g3dswap.tc.timing import Timing
 from g3dswap.tc.trial import Check, Progress, Result, TunerConfig
 from g3dswap.tc.tuner import tune
@@ -440,6 +442,25 @@ def test_presets_search_more_with_more_time() -> None:
     quick, full = TunerConfig.quick(), TunerConfig.full()
     assert quick.seconds <= 5.5 < 60 <= full.seconds
     assert quick.trials < full.trials and quick.final_rounds < full.final_rounds
+
+
+@pytest.mark.parametrize(
+    ("processes", "wanted"), [("1", 16), ("4", 4), ("5", 3), ("32", 1), ("0", 16), ("x", 16)]
+)
+def test_processes_of_one_machine_share_out_its_cores(
+    processes: str, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert cores() == wanted
+
+
+def test_a_search_builds_on_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    workload = Fake(on_build=lambda p: time.sleep(0.01))
+    search(workload, replace(CONFIG, workers=0, generations=2))
+    assert workload.overlap == 2
 
 
 def test_presets_for_a_gpu_keep_all_cores_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
