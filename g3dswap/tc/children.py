@@ -1,4 +1,4 @@
-"""Child processes that work on request and may be killed at any time.
+"""Child processes that work on request, and programs that run once; both may be killed at any time.
 
 A request and its answer are JSON objects, framed by a `multiprocessing` connection over a socket pair;
 nothing is pickled.  Each child leads a process group of its own: Ctrl-C in the terminal does not reach
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -165,6 +165,32 @@ class Child:
             lines = []
         self.kill()
         return ProcessError(f"the process that {self.name} {how}{': ' + lines[-1] if lines else ''}.")
+
+
+def run(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; its output is kept.
+
+    subprocess.TimeoutExpired: it took longer, and was killed with all that it had started, as it is if this
+    process ends.  OSError: it cannot be started.
+    """
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        _guard("+", process.pid)
+        try:
+            out, err = process.communicate(timeout=seconds)
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            _guard("-", process.pid)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def serve(fd: int, answer: Answer, fit: Callable[[], bool] = lambda: True) -> None:

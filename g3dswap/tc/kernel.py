@@ -114,7 +114,8 @@ def build(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) ->
     """Print, compile and load a kernel; a source that was compiled before is only loaded.
 
     Thread-safe.  Raises ScheduleError (no such kernel), CompileError (the compiler failed or took
-    longer than `timeout` seconds) or NoCompilerError.
+    longer than `timeout` seconds), ProcessError (a C++ kernel crashed or hung in its first run, which is
+    in a process of its own) or NoCompilerError.
     """
     found: Kernel | None = None
     for stage in reversed(_stages(nest, schedule, target)):  # each is given the next

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import CompileError
 from .cache import default_directory
 
+ROOM = 1 << 18
+"""Bytes that must be free for a folder to be used: an object and what the compiler makes on its way."""
+STALE_SECONDS = 86400.0
+"""Nothing is compiled for a day."""
+
 
 def folder() -> Path:
-    """Where compiled objects lie; made with mode 0700.
+    """Where compiled objects lie; made with mode 0700. A temporary folder where that cannot be written.
 
     CompileError: the folder belongs to somebody else or others may write to it, so that what is in it
     could be anybody's code.
@@ -21,8 +29,9 @@ def folder() -> Path:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = path.stat()
-        with tempfile.TemporaryFile(dir=path):
-            pass  # it can be written
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(ROOM))  # it can be written, and is not full
+            file.flush()
     except OSError:
         return _private()
     if state.st_uid != os.getuid() or state.st_mode & 0o022:
@@ -48,6 +57,31 @@ def _private() -> Path:
     path = Path(_temporary[0].name) / "objects"
     path.mkdir(mode=0o700, exist_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Where an object is to be made; if the block ends well, it is moved to its path and sealed."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as place:
+        _sweep(path.parent, os.stat(place).st_mtime)
+        made = Path(place, path.name)
+        yield made
+        os.replace(made, path)
+    seal(path)
+
+
+_swept: set[Path] = set()
+
+
+def _sweep(path: Path, now: float) -> None:
+    """Remove the folders that processes left when they were killed; once in a process."""
+    if path in _swept:
+        return
+    _swept.add(path)
+    for left in path.iterdir():
+        with contextlib.suppress(OSError):  # another process removed it
+            if left.is_dir() and now - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left)
 
 
 def seal(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compiles printed C++ with the system's compiler and loads it with ctypes."""
+"""Compiles printed C++ with the system's compiler, has it run once apart, and loads it with ctypes."""
 
 from __future__ import annotations
 
@@ -8,47 +8,61 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
-import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from ..errors import CompileError, NoCompilerError
+from . import first_run
+from .children import run
 from .nest import Nest
-from .objects import digest, folder, intact, seal
+from .objects import digest, folder, intact, scratch
 from .schedule import Schedule
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC", "-w")
+VERSION_SECONDS = 30.0
+PROGRAM_SECONDS = 20.0
+FIRST_RUN_SECONDS = 0.5  # at least, even if compiling took all the time there was
 
 
 @functools.cache
-def _compiler(setting: str | None, path: str | None) -> tuple[str, str]:
+def _probed(setting: str | None, path: str | None) -> tuple[str, str] | str:
+    """The compiler's path and what it says of its version, or why there is none; asked once."""
     command = setting or "c++"
     found = shutil.which(command, path=path)
     if found is None:
-        raise NoCompilerError(
-            f"no C++ compiler {command!r} on the PATH; install one (g++ or clang++) or name it in CXX."
-        )
+        return f"no C++ compiler {command!r} on the PATH; install one (g++ or clang++) or name it in CXX."
     try:
-        answer = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, check=True)
+        answer = run([found, "--version"], VERSION_SECONDS)
     except (OSError, subprocess.SubprocessError) as error:
-        raise NoCompilerError(
-            f"the C++ compiler {found} does not run ({error}); name another one in CXX."
-        ) from error
+        return f"the C++ compiler {found} does not run ({error}); name another one in CXX."
+    if answer.returncode:
+        how = _ended(answer)
+        return f"the C++ compiler {found} does not run ({found} --version {how}); name another one in CXX."
     return found, answer.stdout.splitlines()[0] if answer.stdout else found
+
+
+def _compiler() -> tuple[str, str]:
+    found = _probed(os.environ.get("CXX"), os.environ.get("PATH"))
+    if isinstance(found, str):
+        raise NoCompilerError(found)
+    return found
 
 
 def compiler() -> str:
     """The path of the C++ compiler: $CXX, else c++. NoCompilerError when there is none."""
-    return _compiler(os.environ.get("CXX"), os.environ.get("PATH"))[0]
+    return _compiler()[0]
 
 
 def version() -> str:
     """The compiler's version and the processor it compiles for, "none" without a compiler."""
     try:
-        text = _compiler(os.environ.get("CXX"), os.environ.get("PATH"))[1]
+        text = _compiler()[1]
     except NoCompilerError:
         return "none"
     return f"{text}; {_processor()}"
@@ -73,37 +87,61 @@ def load(
 
 
 def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Path:
-    """The shared object of a kernel, compiled unless it was before, and not loaded."""
-    del nest, schedule  # everything is in the source
-    command = compiler()
-    name = digest(source, version(), *FLAGS)
-    path = folder() / f"{name}.so"
+    """The shared object of a kernel, compiled unless it was before, and not loaded.
+
+    An object that was compiled has also been run once, in a process of its own.
+    """
+    del schedule  # everything is in the source
+    command, deadline = compiler(), time.monotonic() + timeout
+    path = folder() / f"{digest(source, version(), *FLAGS)}.so"
     if not intact(path):
-        _compile(command, source, path, timeout)
+        with scratch(path) as made:
+            _compile([command, *FLAGS], source, made, timeout)
+            program = _first_run_program(command)
+            first_run.check(program, made, nest, max(deadline - time.monotonic(), FIRST_RUN_SECONDS))
     return path
 
 
-def _compile(command: str, source: str, path: Path, timeout: float) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        text, made = Path(scratch, "kernel.cpp"), Path(scratch, path.name)
-        text.write_text(source)
-        try:
-            done = subprocess.run(
-                [command, *FLAGS, str(text), "-o", str(made)], capture_output=True, text=True, timeout=timeout
-            )
-        except subprocess.TimeoutExpired as error:
-            raise CompileError(
-                f"{command} took longer than {timeout:g} s for one kernel; it is left out."
-            ) from error
-        except OSError as error:
-            raise NoCompilerError(
-                f"{command} does not run ({error}); name another compiler in CXX."
-            ) from error
-        if done.returncode:
-            first = (done.stderr.strip().splitlines() or ["no message"])[0]
-            raise CompileError(f"{command} failed with exit code {done.returncode}: {first}")
-        os.replace(made, path)
-    seal(path)
+def _first_run_program(command: str) -> Path:
+    """The program that runs a kernel for the first time; compiled unless it was before."""
+    path = folder() / digest(first_run.SOURCE, version(), *first_run.FLAGS)
+    with _program_lock:
+        if not intact(path):
+            with scratch(path) as made:
+                flags, libraries = first_run.FLAGS, first_run.LIBRARIES
+                _compile([command, *flags], first_run.SOURCE, made, PROGRAM_SECONDS, libraries)
+    return path
+
+
+_program_lock = threading.Lock()
+
+
+def _compile(
+    command: Sequence[str], source: str, made: Path, timeout: float, libraries: Sequence[str] = ()
+) -> None:
+    text = made.with_name("source.cpp")
+    text.write_text(source)
+    try:
+        done = run([*command, str(text), "-o", str(made), *libraries], timeout)
+    except subprocess.TimeoutExpired as error:
+        raise CompileError(
+            f"{command[0]} took longer than {timeout:g} s for one kernel; it is left out."
+        ) from error
+    except OSError as error:
+        raise NoCompilerError(
+            f"{command[0]} does not run ({error}); name another compiler in CXX."
+        ) from error
+    if done.returncode:
+        first = (done.stderr.strip().splitlines() or ["no message"])[0]
+        raise CompileError(f"{command[0]} {_ended(done)}: {first}")
+    if not made.exists():
+        raise CompileError(f"{command[0]} made no file and said nothing; name another compiler in CXX.")
+
+
+def _ended(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        return f"was killed by {signal.Signals(-done.returncode).name}"
+    return f"failed with exit code {done.returncode}"
 
 
 def _bind(

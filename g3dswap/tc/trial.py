@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from ..errors import ScheduleError
+from ..errors import ProcessError, ScheduleError
 from .builds import cores
 from .timing import Timing
 
@@ -197,6 +197,8 @@ def category(error: BaseException) -> str:
     """The failure category of an exception that a build raised."""
     if isinstance(error, ScheduleError):
         return ILLEGAL
+    if isinstance(error, ProcessError):  # of its first run
+        return RUN_ERROR
     timeouts = (TimeoutError, subprocess.TimeoutExpired)
     if isinstance(error, timeouts) or isinstance(error.__cause__, timeouts):
         return COMPILE_TIMEOUT
