@@ -46,6 +46,7 @@ BUILD_SECONDS = 60.0  # for a kernel that is known to be worth building
 PATIENCE = 120.0  # seconds that a rank waits for another's choice, beside five times the budget
 NOTHING_BUILT = {"compile-error", "compile-timeout", "illegal"}
 # of the trials' categories: what says more about the compiler or the load than about the kernels
+NOTHING_RAN = NOTHING_BUILT | {"run-error"}
 
 
 @dataclass(frozen=True)
@@ -369,6 +370,8 @@ class Chooser:
         record = Record.of(result, batch, effort)
         if set(record.counts) - NOTHING_BUILT:
             self.cache.put(key, record.to_json())
+        if not set(record.counts) - NOTHING_RAN:
+            _tell_failures(problem, record)
         what = "tuned until interrupted" if result.interrupted else "tuned"
         what += f" ({', '.join(f'{count} {category}' for category, count in record.counts.items())})"
         here = result.candidate if isinstance(result.candidate, Candidate) else None
@@ -421,6 +424,17 @@ class Chooser:
 
     def _advise(self, what: str) -> None:
         _warn("untuned", f'{what}; run "g3dswap tune" or convert with tune="quick" for faster kernels.')
+
+
+def _tell_failures(problem: Problem, record: Record) -> None:
+    """Say that every kernel failed, and how the first one did."""
+    failed = [trial for trial in record.trials if trial["category"] != "illegal"]
+    if failed:
+        _warn(
+            "nothing ran",
+            f"PyTorch's own kernel runs {problem}: none of {len(failed)} kernels could be compiled and run "
+            f"({failed[0]['detail']}); see whether the compiler works and the disk has room, and tune again.",
+        )
 
 
 def native(problem: Problem, reason: str, native_seconds: float | None = None) -> Choice:

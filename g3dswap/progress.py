@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import TracebackType
 
 from tqdm import tqdm
@@ -23,9 +24,18 @@ class Bar:
         self._bar: tqdm | None = None
 
     def update(self, name: str, progress: Progress) -> None:
-        """Show how the tuning of the pass called `name` is going."""
+        """Show how the tuning of the pass called `name` is going.
+
+        A display that cannot be written to (a log file on a full disk) is given up.
+        """
         if not self.enabled:
             return
+        try:
+            self._show(name, progress)
+        except OSError:
+            self.enabled, self._bar = False, None
+
+    def _show(self, name: str, progress: Progress) -> None:
         if self._bar is None:
             self._bar = tqdm(
                 desc="tuning",
@@ -50,7 +60,8 @@ class Bar:
     def close(self) -> None:
         """Take the bar off the screen; a later update opens a new one."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             self._bar = None
 
     def __enter__(self) -> Bar:

@@ -244,7 +244,11 @@ def test_no_kernel_works(world: World, cache: Cache) -> None:
         raise CompileError("no")
 
     world.on_build = refuse
-    choice = chooser(cache).choose(PROBLEM)
+    wanted = (
+        r"none of 8 kernels could be compiled and run \(CompileError: no\); see whether the compiler works"
+    )
+    with pytest.warns(G3DSwapWarning, match=wanted):
+        choice = chooser(cache).choose(PROBLEM)
     assert choice.is_native and "8 compile-error" in choice.reason and "no kernel worked" in choice.reason
     # It says more about the compiler than about the kernels, so it is not remembered.
     assert not cache.entries()

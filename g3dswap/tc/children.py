@@ -235,14 +235,17 @@ def _guard(sign: str, group: int) -> None:
     global _guardian
     with _lock:
         if _guardian is None or _guardian.poll() is not None:
-            _guardian = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _GUARDIAN],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                start_new_session=True,
-            )
+            try:
+                _guardian = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-c", _GUARDIAN],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    start_new_session=True,
+                )
+            except OSError:
+                return  # without one, the group ends by itself, or with the clean-up of this process
         assert _guardian.stdin
         with contextlib.suppress(BrokenPipeError):  # somebody killed it; the next group gets a new one
             _guardian.stdin.write(f"{sign}{group}\n")
