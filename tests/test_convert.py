@@ -545,18 +545,3 @@ def test_failed_conversion_leaves_the_model_alone() -> None:
     with untouched(model), pytest.raises(ConvertError):
         convert(model, X[:, :2], inplace=True)
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="built without torch.distributed")
-def test_distributed_wrapper(tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(Net())
-        message = r"The model is wrapped in DistributedDataParallel; convert its \.module and wrap the result"
-        with pytest.raises(ConvertError, match=message):
-            convert(model, X)
-        again = nn.parallel.DistributedDataParallel(convert(model.module, X))
-        again(X).sum().backward()
-        assert again.module.down.weight.grad is not None
-    finally:
-        torch.distributed.destroy_process_group()

@@ -206,3 +206,24 @@ def test_table_names_every_environment_variable() -> None:
     table = README[README.index("| variable |") :].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == read
     assert len(read) <= 3
+
+
+PROOFS = (ROOT / "docs" / "proofs.md").read_text(encoding="utf-8")
+
+
+def names_in(path: Path) -> set[str]:
+    """The names of a file's tests."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return {node.name for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    rows = [line.strip("|").split(" | ") for line in PROOFS.splitlines() if line.startswith("| ")][2:]
+    headings = [promise for promise, tests in rows if promise.strip().startswith("**") and not tests.strip()]
+    assert len(headings) == 6 and len(rows) > 40
+    for promise, tests in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", tests)
+        assert named or promise in headings, promise
+        assert re.sub(r"`[\w/.]+::\w+`", "", tests).strip() == "", tests  # nothing that is no test
+        for file, name in named:
+            assert name in names_in(ROOT / "tests" / file), f"{file}::{name}"
