@@ -1,4 +1,7 @@
-"""Processes in which something may happen: forked from a server which has imported g3dswap, and hurried."""
+"""Other processes for tests: two ranks, or ones in which something may happen.
+
+The latter are forked from a server which has imported g3dswap, and hurry.
+"""
 
 from __future__ import annotations
 
@@ -101,4 +104,35 @@ def left_running(cache: Path) -> list[str]:
         with contextlib.suppress(OSError):
             words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
             found += [words] * (str(cache) in words and int(path.parent.name) != os.getpid())
+    return found
+
+
+# Ranks.
+
+
+def ranks(
+    target: Callable[..., None],
+    directory: Path,
+    *arguments: Any,
+    answers: int = 2,
+    codes: tuple[int, int] = (0, 0),
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[Any]:
+    """What two processes put into a queue, in that order; they must end with these codes.
+
+    Each calls ``target(rank, directory, queue, *arguments)``; ``meanwhile`` is called after the first answer.
+    """
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    processes = [
+        context.Process(target=target, args=(rank, str(directory), results, *arguments)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=LONGEST)]
+    meanwhile()
+    found += [results.get(timeout=LONGEST) for _ in range(answers - 1)]
+    for process, code in zip(processes, codes, strict=True):
+        process.join(60)
+        assert process.exitcode == code
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from g3dswap import choose
 from g3dswap.convert import convert, inspect, revert
@@ -16,6 +16,7 @@ from g3dswap.module import Grouped3D
 from g3dswap.plan import save_plan
 from g3dswap.report import report
 from g3dswap.verify import verify
+from tests.training import Net
 
 X = torch.randn(2, 3, 4, 6, 5, generator=torch.Generator().manual_seed(0))
 
@@ -25,20 +26,6 @@ def fresh() -> Iterator[None]:
     choose.forget()
     yield
     choose.forget()
-
-
-class Small(nn.Module):
-    """One kind of grouped layer, twice, so that three kernels are all that is compiled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv3d(3, 8, 1)
-        self.body = nn.Sequential(*[nn.Conv3d(8, 8, 3, padding=1, groups=4) for _ in range(2)])
-        self.norm = nn.BatchNorm3d(8)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.norm(self.body(self.stem(x)))).mean((2, 3, 4)))
 
 
 def train(model: nn.Module) -> list[float]:
@@ -56,7 +43,7 @@ def train(model: nn.Module) -> list[float]:
 
 
 def test_default_kernels_compute_the_same_and_train_the_same() -> None:
-    model = Small()
+    model = Net()
     fast = convert(model, X, tune="none")
     items = report(fast).swapped
     assert [item.name for item in items] == ["body.0", "body.1"] and all(item.verified for item in items)
@@ -71,7 +58,7 @@ def test_default_kernels_compute_the_same_and_train_the_same() -> None:
 
 
 def test_plan_brings_the_kernels_back(tmp_path: Path) -> None:
-    model = Small()
+    model = Net()
     save_plan(convert(model, X, tune="none"), tmp_path / "plan.json")
     choose.forget()
     fast = convert(model, plan=tmp_path / "plan.json", tune="cached")
@@ -82,7 +69,7 @@ def test_plan_brings_the_kernels_back(tmp_path: Path) -> None:
 
 
 def test_lazy_layers_choose_at_their_first_call() -> None:
-    model = Small()
+    model = Net()
     fast = convert(model, tune="none")
     assert not choose._decisions
     assert verify(model, fast, X).ok
@@ -90,7 +77,7 @@ def test_lazy_layers_choose_at_their_first_call() -> None:
 
 
 def test_inspect_knows_nothing_of_an_empty_cache(tmp_path: Path) -> None:
-    found = inspect(Small(), X, cache=tmp_path)
+    found = inspect(Net(), X, cache=tmp_path)
     assert [item.source for item in found.swapped[0].calls[0].passes] == ["untuned"] * 3
     assert not choose._decisions and not list(tmp_path.iterdir())
 
@@ -99,7 +86,7 @@ def test_without_a_compiler_all_layers_are_kept(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(UserWarning, match="PyTorch's own kernels run"):
-        fast = convert(Small(), X, tune="none")
+        fast = convert(Net(), X, tune="none")
     assert not [module for module in fast.modules() if isinstance(module, Grouped3D)]
     assert {item.reason for item in report(fast).kept} == {
         "PyTorch's own kernels stay in every pass: no compiler"
@@ -107,6 +94,6 @@ def test_without_a_compiler_all_layers_are_kept(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_way_back() -> None:
-    model = Small().eval()
+    model = Net().eval()
     fast = convert(model, X, tune="none")
     assert torch.equal(revert(fast)(X), model(X))

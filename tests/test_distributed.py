@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -29,6 +28,7 @@ from g3dswap.errors import ConvertError
 from g3dswap.problem import DIRECTIONS, Problem
 from g3dswap.tc.cache import Cache
 from g3dswap.tc.space import Space
+from tests import apart
 from tests.training import batches, check, plain, start, train
 
 Schedules = dict[str, str]  # by direction
@@ -93,18 +93,6 @@ def begin(rank: int, directory: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
 
 
-def launch(target: Callable[..., None], directory: Path, *arguments: Any) -> tuple[list[Any], Any]:
-    """Two processes, and the queue of what they say."""
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=target, args=(rank, str(directory), results, *arguments)) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    return processes, results
-
-
 def _train(rank: int, directory: str, results: Any) -> None:
     with joined(rank, directory):
         alone = disagree(rank)
@@ -132,11 +120,7 @@ def with_parameters(values: list[Any]) -> nn.Module:
 
 
 def test_ranks_with_different_caches_train_with_one_choice(tmp_path: Path) -> None:
-    processes, results = launch(_train, tmp_path)
-    (_, *first), (_, *second) = sorted((results.get(timeout=120) for _ in processes), key=lambda x: x[0])
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    (_, *first), (_, *second) = sorted(apart.ranks(_train, tmp_path), key=lambda answer: answer[0])
     alone, together = [first[0], second[0]], [first[1], second[1]]
     assert all(alone[0][direction] != alone[1][direction] for direction in DIRECTIONS)
     assert together[0] == together[1] and set(together[0]) == set(DIRECTIONS)
@@ -183,17 +167,17 @@ def _train_and_die(rank: int, directory: str, results: Any) -> None:
 
 
 def test_a_rank_killed_in_its_first_choice_leaves_it_to_the_others(tmp_path: Path) -> None:
-    processes, results = launch(_train_and_die, tmp_path)
-    assert results.get(timeout=60)[0] == 1
-    began = time.monotonic()
-    (tmp_path / "dying").touch()
-    rank, _, told = results.get(timeout=60)
-    assert rank == 0 and time.monotonic() - began < 15
-    (first,) = [text for text in told if text.startswith("Rank 1, which was to choose a kernel")]
-    assert first.endswith("s: rank 0 goes on without it.")
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    began: list[float] = []
+
+    def meanwhile() -> None:
+        began.append(time.monotonic())
+        (tmp_path / "dying").touch()
+
+    codes = (0, -signal.SIGKILL)
+    (first, _, _), (rank, _, told) = apart.ranks(_train_and_die, tmp_path, codes=codes, meanwhile=meanwhile)
+    assert (first, rank) == (1, 0) and time.monotonic() - began[0] < 15
+    (warning,) = [text for text in told if text.startswith("Rank 1, which was to choose a kernel")]
+    assert warning.endswith("s: rank 0 goes on without it.")
 
 
 @pytest.fixture

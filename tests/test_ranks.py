@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from g3dswap import choose, ranks
 from g3dswap.choose import Chooser, _Decision
@@ -26,28 +25,7 @@ from g3dswap.errors import ArgumentError, G3DSwapWarning
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc.cache import Cache
 from g3dswap.tc.trial import TunerConfig
-
-
-def _run(
-    target: Callable[..., None],
-    directory: Path,
-    *arguments: Any,
-    answers: int = 2,
-    codes: tuple[int, int] = (0, 0),
-) -> list[Any]:
-    """What two processes put into the queue, in that order; they must end with these codes."""
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=target, args=(r, str(directory), results, *arguments)) for r in range(2)
-    ]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=60) for _ in range(answers)]
-    for process, code in zip(processes, codes):
-        process.join(60)
-        assert process.exitcode == code
-    return found
+from tests import apart
 
 
 def _rank(rank: int, directory: str, results: Any) -> None:
@@ -68,7 +46,7 @@ def _rank(rank: int, directory: str, results: Any) -> None:
 
 
 def test_ranks_agree_in_any_order_without_collectives(tmp_path: Path) -> None:
-    found = sorted(_run(_rank, tmp_path))
+    found = sorted(apart.ranks(_rank, tmp_path))
     (_, told, made, alone, _), (_, other_told, other_made, other_alone, _) = found
     assert told == other_told and len(told) == 6
     assert len(made) + len(other_made) == 6 + 2  # each topic once, and one that only one rank asked about
@@ -96,7 +74,11 @@ def _failing_rank(rank: int, directory: str, results: Any) -> None:
 
 
 def test_where_the_deciding_rank_fails_another_decides(tmp_path: Path) -> None:
-    assert _run(_failing_rank, tmp_path, answers=3) == ["failed", ({"by": 1}, True), ({"by": 1}, False)]
+    assert apart.ranks(_failing_rank, tmp_path, answers=3) == [
+        "failed",
+        ({"by": 1}, True),
+        ({"by": 1}, False),
+    ]
 
 
 def _slow_rank(rank: int, directory: str, results: Any, silent: bool) -> None:
@@ -128,7 +110,7 @@ def _slow_rank(rank: int, directory: str, results: Any, silent: bool) -> None:
 def test_a_rank_does_not_wait_for_ever_and_there_is_one_decision(
     silent: bool, how: str, tmp_path: Path
 ) -> None:
-    first, second, (_, warning, more) = sorted(_run(_slow_rank, tmp_path, silent, answers=3))
+    first, second, (_, warning, more) = sorted(apart.ranks(_slow_rank, tmp_path, silent, answers=3))
     assert first == (0, ({"by": 1}, False), []) and second == (1, ({"by": 1}, True), [])
     wanted = f"Rank 0, which was to choose a kernel for all ranks, {how}: rank 1 goes on without it."
     assert re.fullmatch(wanted, warning) and more == []
@@ -164,7 +146,7 @@ def _rank_without_store(rank: int, directory: str, results: Any) -> None:
 
 
 def test_without_the_store_a_rank_is_on_its_own(tmp_path: Path) -> None:
-    answer, warning = _run(_rank_without_store, tmp_path)
+    answer, warning = apart.ranks(_rank_without_store, tmp_path)
     assert answer == (None, False)
     assert re.fullmatch(
         r"The store of the process group is lost \(.+\), and this rank chooses its kernels alone; if the job "
@@ -224,7 +206,7 @@ def _share(rank: int, directory: str, results: Any, dies: bool) -> None:
 
 
 def test_ranks_share_work_and_know_all_of_it(tmp_path: Path) -> None:
-    found = sorted(_run(_share, tmp_path, False))
+    found = sorted(apart.ranks(_share, tmp_path, False))
     (_, shared, made, reasons), (_, other_shared, other_made, other_reasons) = found
     assert sorted(made + other_made) == list(range(1, 9))  # each once
     assert len(shared) >= 2 and len(other_shared) >= 2
@@ -233,7 +215,7 @@ def test_ranks_share_work_and_know_all_of_it(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_killed_leaves_its_work_to_the_others(tmp_path: Path) -> None:
-    ((rank, _, made, reasons),) = _run(_share, tmp_path, True, answers=1, codes=(0, -signal.SIGKILL))
+    ((rank, _, made, reasons),) = apart.ranks(_share, tmp_path, True, answers=1, codes=(0, -signal.SIGKILL))
     assert rank == 0 and sorted(made) == list(range(1, 9))
     assert set(reasons) == {"by 0"}
 
