@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -245,7 +244,7 @@ def test_tuning_under_torchrun_after_one_that_was_killed(tmp_path: Path) -> None
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     words = [*command, "-m", "g3dswap", *arguments]
     with subprocess.Popen(words, **options) as first:
-        wait_for(lambda: Cache(tmp_path / "cache").entries(), 120)
+        apart.wait_for(lambda: Cache(tmp_path / "cache").entries(), 120)
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
         victim = next(pid for pid in children if b"g3dswap" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(int(victim), signal.SIGKILL)
@@ -260,10 +259,3 @@ def test_tuning_under_torchrun_after_one_that_was_killed(tmp_path: Path) -> None
     assert len(layers) == 2 and len(passes) == 5  # of the first layer no grad-input
     assert len({json.dumps(entry.key) for entry in Cache(tmp_path / "cache").entries()}) == 5
     assert 1 <= kept < 5
-
-
-def wait_for(condition: Callable[[], Any], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

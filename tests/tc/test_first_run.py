@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from g3dswap.tc.nest import Nest
 from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space import Space
 from g3dswap.tc.trial import RUN_ERROR, category
+from tests import apart
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
@@ -121,13 +121,6 @@ def test_what_a_killed_process_left_is_removed(fresh_cache: Path) -> None:
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["tmpnew"]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_compilers_die_with_the_process_that_was_killed(tmp_path: Path, fresh_cache: Path) -> None:
     """A hung one would stay for ever."""
     slow = tmp_path / "slow-compiler"
@@ -139,11 +132,11 @@ def test_compilers_die_with_the_process_that_was_killed(tmp_path: Path, fresh_ca
     root = Path(__file__).parents[2]
     environment = {**os.environ, "CXX": str(slow), "PYTHONPATH": str(root)}
     with subprocess.Popen([sys.executable, "-c", program], env=environment) as process:
-        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "")
+        apart.wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "")
         group = int((tmp_path / "pid").read_text())
         os.killpg(group, 0)
         process.send_signal(signal.SIGKILL)
-    wait_for(lambda: not alive(group))
+    apart.wait_for(lambda: not alive(group))
 
 
 def alive(group: int) -> bool:
