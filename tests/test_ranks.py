@@ -80,6 +80,29 @@ def test_where_the_deciding_rank_fails_another_decides(tmp_path: Path) -> None:
     ]
 
 
+def _patient_rank(rank: int, directory: str, results: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    ranks.SILENCE, ranks.BEAT = 1.5, 0.1
+
+    def long() -> dict[str, Any]:
+        dist.barrier()
+        time.sleep(2.5)  # longer than a silence may be, but not silent
+        return {"by": rank}
+
+    if rank == 1:
+        dist.barrier()
+    results.put((rank, ranks.agree({"topic": 1}, long, 60)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_rank_waits_for_one_that_gives_signs_of_life(tmp_path: Path) -> None:
+    assert sorted(apart.ranks(_patient_rank, tmp_path)) == [
+        (0, ({"by": 0}, True)),
+        (1, ({"by": 0}, False)),
+    ]
+
+
 def _slow_rank(rank: int, directory: str, results: Any, silent: bool) -> None:
     """Rank 0 decides, or is stopped while it does, and goes on when rank 1 has lost its patience."""
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
