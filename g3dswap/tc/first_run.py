@@ -1,7 +1,7 @@
 """The first run of a C++ kernel, in a process of its own, so that a bad one ends that and not the user's.
 
 A small program loads the kernel and runs it once on zeros.  Every tensor ends where the memory that may be
-touched ends, so that reading or writing behind it is a crash there and not damage here.
+touched ends, so that reading or writing a single element behind it is a crash there and not damage here.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ SOURCE = r"""
 #include <unistd.h>
 
 static void* tensor(size_t bytes) {
-    const size_t page = sysconf(_SC_PAGESIZE), used = (bytes + 63) / 64 * 64;
-    const size_t whole = (used + page - 1) / page * page;
+    const size_t page = sysconf(_SC_PAGESIZE), whole = (bytes + page - 1) / page * page;
     char* const base = (char*)mmap(nullptr, whole + 2 * page, PROT_NONE,
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED || mprotect(base + page, whole, PROT_READ | PROT_WRITE)) _exit(0);
-    return base + page + whole - used;
+    return base + page + whole - bytes;
 }
 
 // path of the kernel, batch, threads, bytes of the result, bytes of each operand

@@ -40,6 +40,7 @@ template <class E> static inline V load(const E* p) {
 }
 // The first n lanes; out of line, because a tile may hold hundreds of them.
 template <class E> static __attribute__((noinline)) V load_tail(const E* p, int64_t n) {
+  asm("" : "+r"(n));  // with n known, GCC 12 reads all lanes and blends, past the end of the tensor
   V v = {};
   for (int i = 0; i < WIDTH; ++i) if (i < n) v[i] = widen(p[i]);
   return v;

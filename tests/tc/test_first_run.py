@@ -87,9 +87,9 @@ def test_a_kernel_that_keeps_to_its_tensors_passes(body: str) -> None:
     [
         ("*(volatile int*)8 = 1;", "SIGSEGV"),
         ("abort();", "SIGABRT"),
-        (f"y[0] = x[batch * {IMAGE} + 32];", "SIGSEGV"),
-        (f"y[batch * {RESULT} + 32] = 0;", "SIGSEGV"),
-        (f"y[0] = ((const float*)operands[1])[{WEIGHT} + 32];", "SIGSEGV"),
+        (f"y[0] = x[batch * {IMAGE}];", "SIGSEGV"),
+        (f"y[batch * {RESULT}] = 0;", "SIGSEGV"),
+        (f"y[0] = ((const float*)operands[1])[{WEIGHT}];", "SIGSEGV"),
     ],
 )
 def test_a_kernel_that_crashes_is_an_error_and_not_kept(body: str, name: str) -> None:
@@ -98,6 +98,15 @@ def test_a_kernel_that_crashes_is_an_error_and_not_kept(body: str, name: str) ->
         prepare(body)
     assert category(caught.value) == RUN_ERROR
     assert not path_of(body).exists()
+
+
+def test_rows_that_end_within_a_register_are_not_read_beyond(fresh_cache: Path) -> None:
+    """GCC 12 made a read of eight elements of what says five, where it knew the number."""
+    plain = nest(Problem("forward", Geometry(2, 2, 2, (37, 12, 5), (1, 1, 1))))
+    rest = [f"{axis} rest serial" for axis in ("h", "t", "w", "c", "kt", "kh", "kw")]
+    grid = [f"{axis} rest grid" for axis in ("n", "g", "f")]
+    digits = [*grid, *rest, "h 3 unroll", "t 8 unroll", "w 8 lanes"]
+    build(plain, Schedule.from_json({"digits": digits, "fuse": [], "stage": [], "hints": {}}), "cpp")
 
 
 def test_a_kernel_that_hangs_is_ended() -> None:
