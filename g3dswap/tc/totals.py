@@ -13,6 +13,7 @@ from .lower import lower
 from .nest import Nest
 from .parser import parse
 from .schedule import Digit, Schedule
+from .space_triton import power
 
 TOTAL = """
 def total(float(N,S,E) P) -> (O) {
@@ -44,13 +45,8 @@ def total(nest: Nest) -> tuple[Nest, Schedule] | None:
     dtype = "float64" if result.dtype == "float64" else "float32"
     made = lower(parse(TOTAL), sizes, strides, dtype, batch="N" if batched else None)
     tensors = tuple(replace(t, dtype=result.dtype) if t.name == "O" else t for t in made.tensors)
-    lanes, parts = min(LANES, _cover(elements)), min(PARTS, _cover(known))
+    lanes, parts = power(elements, LANES), power(known, PARTS)
     digits = [Digit("i", None, "grid"), Digit("n", None, "serial"), Digit("s", None, "serial")]
     digits += [Digit("s", parts, "lanes"), Digit("i", lanes, "lanes")]
     warps = max(1, lanes * parts // 256)
     return replace(made, tensors=tensors, _by_name={}), Schedule(tuple(digits), (), (), (("warps", warps),))
-
-
-def _cover(extent: int) -> int:
-    """The power of two that covers an extent."""
-    return 1 << (extent - 1).bit_length()
