@@ -424,7 +424,7 @@ def test_the_nearest_size_serves_after_a_check(world: World, cache: Cache) -> No
 def test_a_schedule_serves_where_something_else_follows_the_sum(world: World, cache: Cache) -> None:
     world.seconds = {-1: 3.0, 5: 1.0}
     chooser(cache).choose(PROBLEM)
-    with pytest.warns(G3DSwapWarning, match="nearest size 5x6x7"):
+    with pytest.warns(G3DSwapWarning, match="the nearest are used, tuned on .* at size 5x6x7"):
         choice = again(cache).choose(replace(PROBLEM, bias=not PROBLEM.bias, activation="silu"))
     assert choice.source == "nearest" and choice.schedule == schedule(5).to_json()
     assert choice.problem.activation == "silu" and outcome(choice) < 1e-6

@@ -296,7 +296,7 @@ def verify(nest: Nest) -> Nest:
     parallel = {a.name for a in nest.axes if not a.reduce}
     _require(nest.output.axes == parallel, nest, "the output is not indexed by exactly the parallel axes")
     for expr in nest.pointwise:
-        wrong = fault(expr, str(nest.output))
+        wrong = fault(expr, str(replace(nest.output, ties=())))
         _require(wrong is None, nest, "{}", wrong)
     return verify_loops(nest)
 

@@ -17,6 +17,8 @@ from dataclasses import replace
 
 from ..errors import ScheduleError
 from .nest import Access, Axis, Index, Nest, Tensor, verify
+from .pointwise import redirected
+from .syntax import Name, Ref
 
 
 def inner_name(axis: str) -> str:
@@ -60,6 +62,7 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
     accesses = {a.tensor: a for a in nest.accesses}
     tensors = tuple(_split_tensor(t, accesses[t.name], axis, count) for t in nest.tensors)
     addends = tuple(_split(a, axis) for a in nest.addends)
+    own = Ref(output.tensor, tuple(Name(index.terms[0][0]) for index in output.indices))
     changed = replace(
         nest,
         tensors=tensors,
@@ -67,6 +70,7 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
         factors=tuple(factors),
         output=output,
         addends=addends,
+        pointwise=tuple(redirected(expr, own) for expr in nest.pointwise),
         _by_name={},
     )
     return verify(changed.unscheduled())

@@ -97,6 +97,20 @@ def _literal(value: float, expr: Expr) -> Expr:
     return Neg(number) if value < 0 else number
 
 
+def redirected(expr: Expr, own: Ref) -> Expr:
+    """The same expression of another element: where the result's dimensions were looked at in another way."""
+    match expr:
+        case Ref():
+            return own
+        case Neg(operand=operand):
+            return Neg(redirected(operand, own))
+        case Binary(op=op, left=left, right=right):
+            return Binary(op, redirected(left, own), redirected(right, own))
+        case Call(function=function, args=args):
+            return Call(function, tuple(redirected(arg, own) for arg in args))
+    return expr
+
+
 def fault(expr: Expr, own: str) -> str | None:
     """Why an expression is no function of the element `own`, as "O(i, j)", alone; None if it is."""
     nodes = list(nodes_of(expr))

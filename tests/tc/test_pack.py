@@ -71,6 +71,11 @@ def test_a_bias_is_packed_too() -> None:
     assert str(bias) == "B(g, gi, f)"
 
 
+def test_functions_of_the_result_are_of_the_packed_one() -> None:
+    nest = packed(make_nest(Problem("forward", GEOMETRY, activation="relu")), "g", 2)
+    assert [str(expr) for expr in nest.pointwise] == ["fmax(O(n, g, gi, f, t, h, w), 0)"]
+
+
 def test_a_batched_matrix_product_can_be_packed() -> None:
     text = "def bmm(float(B,M,K) A, float(B,K,N) X) -> (C) { C(b,i,j) +=! A(b,i,k) * X(b,k,j) }"
     strides = {"A": (15, 5, 1), "X": (20, 4, 1), "C": (12, 4, 1)}
