@@ -62,7 +62,7 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
     accesses = {a.tensor: a for a in nest.accesses}
     tensors = tuple(_split_tensor(t, accesses[t.name], axis, count) for t in nest.tensors)
     addends = tuple(_split(a, axis) for a in nest.addends)
-    own = Ref(output.tensor, tuple(Name(index.terms[0][0]) for index in output.indices))
+    result = Ref(output.tensor, tuple(Name(index.terms[0][0]) for index in output.indices))
     changed = replace(
         nest,
         tensors=tensors,
@@ -70,7 +70,7 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
         factors=tuple(factors),
         output=output,
         addends=addends,
-        pointwise=tuple(redirected(expr, own) for expr in nest.pointwise),
+        pointwise=tuple(redirected(expr, result) for expr in nest.pointwise),
         _by_name={},
     )
     return verify(changed.unscheduled())
