@@ -99,9 +99,14 @@ def test_an_interrupt_while_waiting_ends_it(child: Child) -> None:
     main = threading.main_thread().ident
     assert main
     timer = threading.Timer(0.5, signal.pthread_kill, [main, signal.SIGINT])
+    # Where the tests run in the background, they inherit that interrupts are ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        child.ask({"sleep": 1000}, 60)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            child.ask({"sleep": 1000}, 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     timer.join()
     assert not child.usable and gone(child.pid)
 
