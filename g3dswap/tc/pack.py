@@ -41,7 +41,7 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
         raise ScheduleError(f"{axis} of {nest.name} cannot be packed by {count}, which must divide it.")
     if len(nest.factors) != 2 or any(axis not in a.axes for a in (*nest.factors, nest.output)):
         raise ScheduleError(f"{axis} does not index two factors and the output of {nest.name}.")
-    chosen = next((i for i, f in enumerate(nest.factors) if _shifted(f)), 0)
+    chosen = image_of(nest)
     neighbour = _neighbour(nest, nest.factors[chosen], axis)
     kind = nest.axis(neighbour).reduce
     tie = ((inner_name(axis), copy_name(axis)),)
@@ -76,8 +76,10 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
     return verify(changed.unscheduled())
 
 
-def _shifted(access: Access) -> bool:
-    return any(len(i.terms) > 1 or i.divisor > 1 for i in access.indices)
+def image_of(nest: Nest) -> int:
+    """Which factor is read at shifted positions: the first such, or the first of all if none is."""
+    shifted = (any(len(i.terms) > 1 or i.divisor > 1 for i in f.indices) for f in nest.factors)
+    return next((place for place, found in enumerate(shifted) if found), 0)
 
 
 def _neighbour(nest: Nest, access: Access, axis: str) -> str:

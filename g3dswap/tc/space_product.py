@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 
 from ..errors import ScheduleError
 from .nest import Access, Nest
+from .pack import image_of
 from .schedule import Digit, Schedule, fused_name, packed_by
 from .space_cpp import phases, reduces
-from .space_triton import BATCH, WARP, Split, Tile, power, split_reductions
+from .space_triton import WARP, Split, Tile, power, split_reductions, steps_outside
 
 MAX_PRODUCTS = 54
 """Matrix products of one unrolled tile: each is some hundred instructions."""
@@ -85,15 +86,9 @@ class Product:
 
     def loops(self, nest: Nest) -> bool:
         """Whether there is a loop around the product, of more than one step; `nest` is the packed one."""
-        counts, split = dict(self.tile), dict(self.split)
         own = {fused_name(axes): (axes, count) for axes, count in self.sides.values()}
-        inside = {a for axes, _ in self.sides.values() for a in axes}
-        for name in {*own, *(a.name for a in nest.axes if a.name not in inside)}:
-            axes, width = own.get(name, ((name,), 1))
-            steps = math.prod(-(-(nest.extent(a) or BATCH) // counts.get(a, 1)) for a in axes)
-            if reduces(nest, name) and split.get(name, -(-steps // width)) > 1:
-                return True
-        return False
+        steps = {**steps_outside(nest, own, dict(self.tile)), **dict(self.split)}
+        return any(count > 1 for name, count in steps.items() if reduces(nest, name))
 
     @classmethod
     def of(cls, schedule: Schedule) -> Product:
@@ -134,10 +129,9 @@ def possible(nest: Nest) -> bool:
 
 
 def _image(nest: Nest) -> tuple[Access, Access]:
-    """The factor that is read at shifted positions, the first if both or none are; and the other."""
-    first, second = nest.factors
-    shifted = [any(len(i.terms) > 1 or i.divisor > 1 for i in f.indices) for f in (first, second)]
-    return (second, first) if shifted == [False, True] else (first, second)
+    """The factor that packing copies an axis of, which is read at shifted positions; and the other."""
+    place = image_of(nest)
+    return nest.factors[place], nest.factors[1 - place]
 
 
 def _sides(nest: Nest) -> list[str]:

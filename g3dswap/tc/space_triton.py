@@ -96,7 +96,7 @@ def power(extent: int, most: int) -> int:
 def lane_sets(nest: Nest) -> list[Lanes]:
     """One or two lane dimensions, the last of which ends in an axis that is consecutive in memory."""
     runs = [(axes, math.prod(nest.extent(a) or 1 for a in axes)) for axes in lane_axes(nest)]
-    runs = [(axes, extent) for axes, extent in runs if not any(is_side(nest, a) for a in axes)]
+    runs = [(axes, extent) for axes, extent in runs if not any(_side(nest, a) for a in axes)]
     fast = [(axes, extent) for axes, extent in runs if _consecutive(nest, axes[-1])] or runs
     found: list[Lanes] = []
     for axes, extent in fast:
@@ -122,7 +122,7 @@ def _consecutive(nest: Nest, axis: str) -> bool:
     )
 
 
-def is_side(nest: Nest, axis: str) -> bool:
+def _side(nest: Nest, axis: str) -> bool:
     """Whether an axis is a side of the kernel: short, and added to another axis in some index."""
     short = (nest.extent(axis) or 0) <= SIDE
     longer = (
@@ -139,7 +139,7 @@ def tiles(nest: Nest, lanes: Lanes) -> list[Tile]:
     and blocks of the axes that the lanes run along."""
     covered = {a for axes, _ in lanes for a in axes}
     split = phases(nest)
-    sides = [a for a in nest.axes if a.name not in covered and (a.extent or 0) > 1 and is_side(nest, a.name)]
+    sides = [a for a in nest.axes if a.name not in covered and (a.extent or 0) > 1 and _side(nest, a.name)]
     windows = []
     for axis in nest.axes:
         extent = axis.extent or 1
@@ -202,27 +202,40 @@ def splits(nest: Nest, lanes: Lanes, tile: Tile) -> list[Split]:
     return split_reductions(nest, own, dict(tile))
 
 
+def steps_outside(
+    nest: Nest, own: Mapping[str, tuple[tuple[str, ...], int]], counts: Mapping[str, int]
+) -> dict[str, int]:
+    """How many steps each axis, flattened or not, has outside of a program's tile; of the batch, `BATCH`.
+
+    own: by name, the axes that the tile runs along and its steps there; counts: what is unrolled.
+    """
+    parts = {a for axes, _ in own.values() for a in axes}
+    found = {}
+    for name in [*own, *(a.name for a in nest.axes if a.name not in parts)]:
+        axes, width = own.get(name, ((name,), 1))
+        extents = [-(-(nest.extent(a) or BATCH) // counts.get(a, 1)) for a in axes]
+        found[name] = -(-math.prod(extents) // width)
+    return found
+
+
 def split_reductions(
     nest: Nest, own: Mapping[str, tuple[tuple[str, ...], int]], counts: Mapping[str, int]
 ) -> list[Split]:
     """Reductions to split so that there are enough programs: the batch first, then the longest.
 
-    own: by name, the axes that a program's tile runs along and its steps there; counts: what is unrolled.
+    own, counts: as for `steps_outside`.
     Nothing is split where the result has the batch, which makes programs enough, and large partial results.
     """
     if any(axis.extent is None and not axis.reduce for axis in nest.axes):
         return [()]
-    parts = {a for axes, _ in own.values() for a in axes}
     programs = 1
     reductions = []
-    for name in [*own, *(a.name for a in nest.axes if a.name not in parts)]:
-        axes, width = own.get(name, ((name,), 1))
-        extents = [-(-(nest.extent(a) or BATCH) // counts.get(a, 1)) for a in axes]
-        steps = -(-math.prod(extents) // width)
+    for name, steps in steps_outside(nest, own, counts).items():
         if not reduces(nest, name):
             programs *= steps
         elif steps > 1:
-            reductions.append((any(nest.extent(a) is None for a in axes), steps, name))
+            batched = name not in own and nest.extent(name) is None
+            reductions.append((batched, steps, name))
     found = []
     for wanted in PROGRAMS:
         chosen, many = [], programs
