@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, CheckpointError, G3DSwapError
+from .errors import ArgumentError, CheckpointError, G3DSwapError, first_line
 from .sniff import Container
 
 _NEVER = ("builtins", "importlib", "nt", "os", "posix", "pty", "runpy", "shutil", "subprocess", "sys")
@@ -265,5 +265,4 @@ def _damaged(label: str, error: Exception) -> CheckpointError:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
+    return first_line(error, type(error).__name__).rstrip(". ")

@@ -22,7 +22,7 @@ from g3dswap.choose import EFFORTS, MIN_SPEEDUP, Chooser, open_cache
 from g3dswap.decide import Decision, call_of, decide, keep, peek, problems, swap_later
 from g3dswap.discover import Meeting, Shapes, Site, observe
 from g3dswap.entries import Kept, Layer, NotFused, Swapped
-from g3dswap.errors import ArgumentError, ConvertError
+from g3dswap.errors import ArgumentError, ConvertError, first_line
 from g3dswap.functional import as_converted, decide_calls, intercept_calls
 from g3dswap.fuse import find_fusions
 from g3dswap.fused import FUSED, NOTHING, Fused, Fusion
@@ -207,7 +207,7 @@ def _copied(model: nn.Module) -> nn.Module:
         with torch.inference_mode(False):  # whose tensors could never be trained
             return copy.deepcopy(model)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = first_line(error)
         raise ConvertError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {first}); pass "
             "inplace=True to change the model itself."

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from g3dswap.convert import revert
 from g3dswap.entries import Step
-from g3dswap.errors import ArgumentError, ConvertError
+from g3dswap.errors import ArgumentError, ConvertError, first_line
 from g3dswap.guard import Inputs, example, named_tensors, untouched
 from g3dswap.module import Grouped
 from g3dswap.report import store, stored
@@ -138,7 +138,7 @@ def _guarded(call: Call, kind: str, model: nn.Module) -> None:
     try:
         call()
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = first_line(error)
         raise ConvertError(
             f"A step of {kind} of {type(model).__name__} raised {type(error).__name__} ({first}); "
             "measure_steps() needs inputs that forward and backward take."

@@ -78,3 +78,8 @@ class CheckpointError(G3DSwapError, ValueError):
 
 class VerificationError(G3DSwapError, AssertionError):
     """Outputs or gradients differ from the float64 reference by more than the bound."""
+
+
+def first_line(error: BaseException, otherwise: str = "") -> str:
+    """The first line of an exception's message; many go on with advice or a trace."""
+    return (str(error).strip().splitlines() or [otherwise])[0]

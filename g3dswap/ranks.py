@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from .errors import ArgumentError, G3DSwapWarning
+from .errors import ArgumentError, G3DSwapWarning, first_line
 
 T = TypeVar("T")
 
@@ -114,9 +114,10 @@ def agree(
             if told is not None:
                 return json.loads(told), False
     except dist.DistError as error:
+        why = first_line(error, type(error).__name__)
         warnings.warn(
-            f"The store of the process group is lost ({_first_line(error)}), and this rank chooses its "
-            "kernels alone; if the job ends, start it again: what was tuned is kept.",
+            f"The store of the process group is lost ({why}), and this rank chooses its kernels alone; "
+            "if the job ends, start it again: what was tuned is kept.",
             G3DSwapWarning,
             stacklevel=2,
         )
@@ -183,7 +184,3 @@ def _told(store: dist.Store, name: str, place: str, patience: float) -> bytes | 
             return None
         time.sleep(PAUSE)
     return store.get(f"{name}/decision")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from g3dswap.errors import first_line
 from g3dswap.rounds import Key, Times, alternate
 from g3dswap.tc.timing import Call, Sampler
 
@@ -122,7 +122,7 @@ def measure(
         try:
             graphs[key] = captured(rotation, counts[key])
         except RuntimeError as error:  # PyTorch's, CUDA's and ours alike
-            notes[key] = f"{type(error).__name__}: {first_line(error)}"
+            notes[key] = f"{type(error).__name__}: {first_line(error, 'no message')}"
     in_graphs = alternate(graphs, graph, seconds)
     launched = alternate({k: partial(it, counts[k]) for k, it in contenders.items()}, eager, seconds / 2)
     found = {}
@@ -139,9 +139,3 @@ def _estimate(rotation: Rotation, sample: Sampler) -> float:
     """Seconds of a call."""
     calls = len(rotation.sets)
     return statistics.median(sample(partial(rotation, calls)) for _ in range(ESTIMATES)) / calls
-
-
-def first_line(error: BaseException) -> str:
-    """Of the message; CUDA's go on with advice."""
-    lines: list[Any] = str(error).strip().splitlines()
-    return str(lines[0]) if lines else "no message"
