@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.testing._internal.common_methods_invocations import op_db
 
 from g3dswap import choose, execute, native, op
 from g3dswap.errors import ArgumentError
 from g3dswap.problem import ACTIVATIONS, DTYPES
 from tests.kernels import Recorder
 from tests.profiles import examples
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of what it imports where that is installed
+    from torch.testing._internal.common_methods_invocations import op_db
 
 CONV3D = torch.ops.g3dswap.conv3d
 BACKWARD = torch.ops.g3dswap.conv3d_backward
