@@ -166,16 +166,17 @@ class Net(nn.Module):
 def targets(folder: Path) -> list[Target]:
     """All of them; files are written below ``folder``."""
     folder.mkdir(exist_ok=True)
-    plan, entry = _plan(folder), _entry()
+    plans = _plan(folder, nn.Identity()), _plan(folder, nn.SiLU())
+    entries = _entry(_SCHEDULE), _entry(_PACKED)
     pickles = tuple(_pickle(data) for data in _checkpoints()[:1])
     graph = _program(folder)
     return [
         Target("notation", (_NOTATION.encode(),), lambda data: parse(data.decode("utf-8", "replace"))),
-        Target("schedule", (_SCHEDULE,), lambda data: parse_schedule(data.decode("utf-8", "replace")), True),
+        Target("schedule", (_SCHEDULE, _PACKED), lambda data: parse_schedule(data.decode("utf-8", "replace")), True),
         Target("inputs", (b"8x3x16x112x112,1:int64",), lambda data: parse_inputs(data.decode("latin-1"))),
         Target("kwargs", (b'{"depth": 101}',), lambda data: parse_kwargs(data.decode("latin-1")), True),
-        Target("cache", (entry,), lambda data: _read_cache(folder, data), True),
-        Target("plan", (plan,), lambda data: read_plan(_file(folder, "plan.json", data)), True),
+        Target("cache", entries, lambda data: _read_cache(folder, data), True),
+        Target("plan", plans, lambda data: read_plan(_file(folder, "plan.json", data)), True),
         Target("checkpoint", _checkpoints(), lambda data: _read_checkpoint(_file(folder, "in", data))),
         Target("pickle", pickles, lambda data: _read_checkpoint(_zip(folder, "archive/data.pkl", data))),
         Target("program", (_records(graph),), lambda data: _read_program(_file(folder, "in.pt2", data))),
@@ -192,6 +193,15 @@ _SCHEDULE = json.dumps(
         "fuse": [],
         "stage": [],
         "hints": {"warps": 4},
+    }
+).encode()
+_PACKED = json.dumps(
+    {
+        "digits": ["g rest grid", "gi*f 32 rows", "gj*c 32 cols", "h*w rest serial", "h*w 64 depth"],
+        "fuse": [["gi", "f"], ["gj", "c"], ["h", "w"]],
+        "stage": [],
+        "hints": {"ahead": 8, "stages": 3, "warps": 2},
+        "pack": {"g": 4},
     }
 ).encode()
 _BUNDLE = json.dumps(
@@ -292,16 +302,18 @@ def _read_bundle(folder: Path, data: bytes) -> None:
     stored.bundle.network()
 
 
-def _plan(folder: Path) -> bytes:
-    model = nn.Sequential(nn.Conv3d(4, 4, 3, groups=4), nn.Conv3d(4, 4, 1, groups=2))
-    fast = g3dswap.convert(model, torch.randn(1, 4, 4, 4, 4), tune="none", verify=False, progress=False)
+def _plan(folder: Path, after: nn.Module) -> bytes:
+    """Of a model with that after its convolutions; what can be fused is."""
+    model = nn.Sequential(nn.Conv3d(4, 4, 3, groups=4), nn.Conv3d(4, 4, 1, groups=2), after).eval()
+    image = torch.randn(1, 4, 4, 4, 4)
+    fast = g3dswap.convert(model, image, tune="none", fuse=True, verify=False, progress=False)
     g3dswap.save_plan(fast, folder / "plan.json")
     return (folder / "plan.json").read_bytes()
 
 
-def _entry() -> bytes:
-    record = Record(2, "quick", False, json.loads(_SCHEDULE), 1.0, 2.0, 1e-8, 1e-6)
-    key = {"device_name": "Some CPU", "direction": "forward", "size": [1, 2, 3], "groups": 4}
+def _entry(schedule: bytes) -> bytes:
+    record = Record(2, "quick", False, json.loads(schedule), 1.0, 2.0, 1e-8, 1e-6)
+    key = {"device_name": "Some CPU", "direction": "forward", "size": [1, 2, 3], "activation": "silu"}
     return encode(key, record.to_json()).encode()
 
 
