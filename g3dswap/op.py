@@ -10,6 +10,7 @@ What they do with real tensors is in ``execute``.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,12 +104,23 @@ def call(
     """``torch.ops.g3dswap.conv3d``, past the dispatcher where it would only cost time.
 
     The dispatcher's way into Python takes some six microseconds. It is needed for everything that asks
-    for what is executed (the compiler, modes, subclasses, autocast, functorch, the profiler), and where
-    nobody asks, what it would call is known.
+    for what is executed (the compiler, modes, subclasses, functorch, the profiler), and where nobody asks,
+    what it would call is known.
     """
     conf = stride, padding, dilation, groups, tune, cache, transposed, output_padding
-    if torch.compiler.is_compiling() or groups < 2 or not _unobserved(input, weight, bias):
+    if groups < 2 or not _unobserved(input, weight, bias):
         return _FORWARD(input, weight, bias, *conf, activation)
+    kind = "cuda" if input.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(kind):
+        return _eager(input, weight, bias, conf, activation)
+    cast = _cast(kind)
+    operands = cast(input), cast(weight), None if bias is None else cast(bias)
+    with _C._ExcludeDispatchKeyGuard(_AUTOCAST[kind]):
+        return _eager(*operands, conf, activation)
+
+
+def _eager(input: Tensor, weight: Tensor, bias: Tensor | None, conf: Any, activation: str) -> Tensor:
+    """What the dispatcher would call after autocast."""
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -117,9 +129,10 @@ def call(
 
 
 def _unobserved(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a call on these reaches ``execute`` through the autograd kernel and nothing else."""
+    """Whether a call on these reaches ``execute`` through autocast and autograd and nothing else."""
     return (
-        type(input) in _PLAIN
+        not torch.compiler.is_compiling()
+        and type(input) in _PLAIN
         and type(weight) in _PLAIN
         and (input.is_cpu or input.is_cuda)
         and (weight.is_cpu or weight.is_cuda)
@@ -131,7 +144,6 @@ def _unobserved(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not _C._len_torch_dispatch_stack()
         and not _C._len_torch_function_stack()
         and not _C._are_functorch_transforms_active()
-        and not _C._is_any_autocast_enabled()
         and not _C._autograd._profiler_enabled()
         and _C._get_tracing_state() is None
     )
@@ -168,7 +180,9 @@ class _Conv3d(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         input, weight = ctx.saved_tensors
         mask, conf = _needed(ctx, 0), ctx.conf
-        return *_BACKWARD(grads[0], input, weight, *conf[:4], mask, *conf[4:]), None, None
+        direct = not torch.is_grad_enabled() and _unobserved(grads[0], input, weight)
+        backward = execute.conv3d_backward if direct else _BACKWARD  # as in `call`
+        return *backward(grads[0], input, weight, *conf[:4], mask, *conf[4:]), None, None
 
 
 class _Conv3dBackward(torch.autograd.Function):
@@ -285,15 +299,29 @@ def _composite_backward(grad_output: Tensor, input: Tensor, weight: Tensor, *giv
 # Autocast, fake tensors, and the table of kernels.
 
 
-def _autocast(device: str, key: Any) -> Any:
+_AUTOCAST = {
+    "cpu": _C.DispatchKeySet(_C.DispatchKey.AutocastCPU),
+    "cuda": _C.DispatchKeySet(_C.DispatchKey.AutocastCUDA),
+}
+
+
+def _cast(device: str) -> Callable[[Tensor], Tensor]:
+    """What autocast does with an operand of a convolution."""
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor) -> Tensor:
+        if x.dtype == dtype:  # the most frequent, and `to` takes a microsecond to find out
+            return x
+        eligible = x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device
+        return x.to(dtype) if eligible else x
+
+    return cast
+
+
+def _autocast(device: str) -> Any:
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None = None, *conf: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(x: Tensor) -> Tensor:
-            eligible = x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device
-            return x.to(dtype) if eligible else x
-
-        with _C._ExcludeDispatchKeyGuard(_C.DispatchKeySet(key)):
+        cast = _cast(device)
+        with _C._ExcludeDispatchKeyGuard(_AUTOCAST[device]):
             return _FORWARD(cast(input), cast(weight), None if bias is None else cast(bias), *conf)
 
     return kernel
@@ -338,7 +366,7 @@ def _register() -> None:
         _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
         torch.library.register_fake(f"g3dswap::{name}", fake, lib=_LIBRARY)
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _LIBRARY.impl("conv3d", _autocast(device, getattr(_C.DispatchKey, key)), key)
+        _LIBRARY.impl("conv3d", _autocast(device), key)
 
 
 def _triple(value: int | Ints) -> tuple[int, ...]:

@@ -172,7 +172,12 @@ def targets(folder: Path) -> list[Target]:
     graph = _program(folder)
     return [
         Target("notation", (_NOTATION.encode(),), lambda data: parse(data.decode("utf-8", "replace"))),
-        Target("schedule", (_SCHEDULE, _PACKED), lambda data: parse_schedule(data.decode("utf-8", "replace")), True),
+        Target(
+            "schedule",
+            (_SCHEDULE, _PACKED),
+            lambda data: parse_schedule(data.decode("utf-8", "replace")),
+            True,
+        ),
         Target("inputs", (b"8x3x16x112x112,1:int64",), lambda data: parse_inputs(data.decode("latin-1"))),
         Target("kwargs", (b'{"depth": 101}',), lambda data: parse_kwargs(data.decode("latin-1")), True),
         Target("cache", entries, lambda data: _read_cache(folder, data), True),

@@ -367,6 +367,44 @@ def test_autocast_dtypes_are_pytorchs(dtype: torch.dtype, to: torch.dtype, kerne
         assert CONV3D(*inputs, *CONF).dtype == dtype
 
 
+def test_autocast_is_over_when_a_kernel_is_chosen(kernels: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning and checks are not to be cast, whether the dispatcher was on the way or not."""
+    products = []
+
+    def resolve(*args: Any) -> Any:
+        a = torch.ones(2, 2)
+        products.append((a @ a).dtype)
+        return kernels(*args)
+
+    monkeypatch.setattr(choose, "resolve", resolve)
+    inputs = operands(torch.float32)
+    for function in (CONV3D, WRAPPER):
+        choose.lookup().clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(*inputs, *CONF)
+            assert (inputs[0][0, 0, 0] @ inputs[0][0, 0, 0].T).dtype == torch.bfloat16  # and goes on after
+        out.float().sum().backward()
+    assert products == [torch.float32] * 6
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_dispatcher_is_asked_for_gradients_of_gradients_alone(
+    graph: bool, kernels: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def backward(*args: Any) -> Any:
+        asked.append(args)
+        return BACKWARD.default(*args)
+
+    monkeypatch.setattr(op, "_BACKWARD", backward)
+    inputs = operands()
+    (first,) = torch.autograd.grad(WRAPPER(*inputs, *CONF).pow(2).sum(), inputs[:1], create_graph=graph)
+    assert len(asked) == graph and first.requires_grad == graph
+    (expected,) = torch.autograd.grad(PYTORCH(*inputs, *CONF).pow(2).sum(), inputs[:1])
+    assert torch.allclose(first, expected)
+
+
 def test_autocast_mixes_dtypes_as_pytorch_does(kernels: Recorder) -> None:
     x, w, b = operands(torch.float32, grad=False)
     with torch.autocast("cpu", torch.bfloat16):
