@@ -10,12 +10,9 @@ warning.
 from __future__ import annotations
 
 import json
-import random
 import threading
-import time
-import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,27 +23,22 @@ import torch
 from . import ranks
 from .choice import Choice, Record
 from .comprehensions import nest
-from .errors import ArgumentError, G3DSwapWarning, NoCompilerError, ScheduleError
-from .nearest import similar
+from .errors import ArgumentError, NoCompilerError, ScheduleError
 from .problem import Problem
 from .progress import Bar
-from .remote import opened
+from .searched import search, tell_failures, tells_of_kernels
+from .stored import EFFORTS, Options, Stored, key_of, said, warn
 from .tc import kernel
-from .tc.cache import Cache, Entry, default_directory
+from .tc.cache import Cache, default_directory
 from .tc.schedule import Schedule
 from .tc.space import Space
 from .tc.trial import TunerConfig, describe
-from .tc.tuner import tune
-from .workload import Candidate, build, quick_check, tuning_batch
+from .workload import Candidate, build, prepare, quick_check, tuning_batch
 
-EFFORTS = {"none": 0, "cached": 0, "quick": 1, "full": 2}
 CONFIGS = {"quick": TunerConfig.quick, "full": TunerConfig.full}
 MIN_SPEEDUP = 1.05
 BUILD_SECONDS = 60.0  # for a kernel that is known to be worth building
 PATIENCE = 120.0  # seconds that a rank waits for another's choice, beside five times the budget
-NOTHING_BUILT = {"compile-error", "compile-timeout", "illegal"}
-# of the trials' categories: what says more about the compiler or the load than about the kernels
-NOTHING_RAN = NOTHING_BUILT | {"run-error"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,6 @@ _lookup: dict[Hashable, Choice] = {}
 _caches: dict[Path, Cache] = {}
 _choosers: dict[tuple[str, Path], Chooser] = {}
 _asked: Counter[str] = Counter()
-_said: set[str] = set()
 
 
 def resolve(problem: Problem, batch: int = 1, tune: str = "cached", cache: str = "") -> Choice:
@@ -111,7 +102,7 @@ def install(choices: Iterable[Choice]) -> None:
 def forget() -> None:
     """Forget all decisions, installed plans and given warnings of this process."""
     with _LOCK:
-        for table in (_decisions, _plan, _lookup, _caches, _choosers, _asked, _said):
+        for table in (_decisions, _plan, _lookup, _caches, _choosers, _asked, said):
             table.clear()
 
 
@@ -155,6 +146,7 @@ class Chooser:
         if not min_speedup >= 0:
             raise ArgumentError(f"min_speedup={min_speedup!r} must be a number of at least 0, say 1.05.")
         self.cache, self.tune, self.min_speedup = cache, tune, float(min_speedup)
+        self.options = Options(cache)
         self.config = config
         self.interrupted = False
         self.counts: Counter[str] = Counter()
@@ -164,6 +156,19 @@ class Chooser:
         """Start a progress bar over that many calls of `choose`."""
         self.bar.close()
         self.bar = Bar(self.bar.enabled, passes)
+
+    def prepare(self, wanted: Iterable[tuple[Problem, int, str]]) -> None:
+        """Compile side by side what `choose` is going to build from stored schedules; arguments as for it.
+
+        What fails here fails there again, and is told there.
+        """
+        with _LOCK:
+            waiting = [problem for problem, _, _ in wanted if self._known(problem) is None]
+            found = [(problem, schedule) for problem in waiting if (schedule := self._stored(problem))]
+            if len(found) < 2:
+                return
+            # Ranks begin at different places: what one of them has compiled the others find.
+            prepare(ranks.rotated(found), BUILD_SECONDS)
 
     def share(self, wanted: Iterable[tuple[Problem, int, str]]) -> None:
         """Choose what no other rank has begun, if the ranks share the work; arguments as for `choose`.
@@ -179,8 +184,8 @@ class Chooser:
         """The choice for a problem, decided once in a process; `label` names the layer for the bar."""
         place = (self.cache.directory, problem)
         with _LOCK:
-            known = _decisions.get(place)
-            if known is None or not known.serves(self.tune, self.min_speedup):
+            known = self._known(problem)
+            if known is None:
                 try:
                     known = self._planned(problem) or self._agreed(problem, max(1, batch), label)
                 except BaseException:
@@ -194,11 +199,16 @@ class Chooser:
 
     def key(self, problem: Problem) -> dict[str, Any]:
         """The cache key of a problem on this machine."""
-        return problem.key(kernel.versions(kernel.target_of(problem.device)))
+        return key_of(problem)
 
     def budget(self, problem: Problem) -> TunerConfig:
         """What tuning a problem may cost."""
         return self.config or CONFIGS.get(self.tune, TunerConfig.quick)(kernel.target_of(problem.device))
+
+    def _known(self, problem: Problem) -> _Decision | None:
+        """The decision that holds for this chooser, if it was made."""
+        known = _decisions.get((self.cache.directory, problem))
+        return known if known and known.serves(self.tune, self.min_speedup) else None
 
     def _decision(self, choice: Choice, effort: int) -> _Decision:
         return _Decision(choice, effort, self.tune, self.min_speedup)
@@ -255,65 +265,67 @@ class Chooser:
 
     # The order of the sources.
 
-    def _decide(self, problem: Problem, batch: int, label: str) -> _Decision:
-        wanted = 0 if self.interrupted else EFFORTS[self.tune]
+    def _usable(self, problem: Problem) -> Iterator[Stored]:
+        """What is stored and serves this chooser, in the order in which it is tried."""
+        return self.options.usable(problem, 0 if self.interrupted else EFFORTS[self.tune])
+
+    def _stored(self, problem: Problem) -> Schedule | None:
+        """The stored schedule that is built first for a problem, if one is."""
         try:
-            entry = self.cache.get(self.key(problem))
-            record = self._record(entry, problem)
-            if entry and record and _effort(record) >= wanted:
-                source = "cached" if self._is_own(entry) else "shipped"
-                choice = self._verdict(problem, record, source, f"tuned at batch {record.batch}")
+            if problem in _plan:
+                data = _plan[problem].schedule
+            else:
+                first = next(self._usable(problem), None)
+                data = None if first is None or self._against(first.record) else first.record.schedule
+            return None if data is None else Schedule.from_json(data)
+        except NoCompilerError:
+            return None
+
+    def _decide(self, problem: Problem, batch: int, label: str) -> _Decision:
+        target, tried = kernel.target_of(problem.device), []
+        try:
+            for stored in self._usable(problem):
+                choice = self._verdict(problem, stored)
                 if choice:
-                    return self._decision(choice, EFFORTS[record.effort])
-                record = None
-            if wanted or self.tune == "none":
-                kernel.require(kernel.target_of(problem.device))
-            if wanted:
+                    if stored.source == "nearest":
+                        self._advise(
+                            f"{problem} has no tuned options, and the nearest are used, {stored.what}"
+                        )
+                    return self._decision(choice, stored.effort)
+                tried.append(stored.record)
+            if EFFORTS[self.tune] and not self.interrupted:
+                kernel.require(target)
                 try:
-                    choice = self._tuned(problem, batch, label, record)
-                    return self._decision(choice, EFFORTS[self.tune])
+                    return self._decision(self._tuned(problem, batch, label, tried), EFFORTS[self.tune])
                 except KeyboardInterrupt:  # before there was anything to keep
                     self.interrupted = True
                     return self._decide(problem, batch, label)
-            choice = self._nearest(problem) or self._default(problem)
-            return self._decision(choice or self._untuned(problem), 0)
+            return self._decision(self._default(problem) or self._untuned(problem), 0)
         except NoCompilerError as error:
-            _warn("no compiler", f"PyTorch's own kernels run: {error}")
+            warn("no compiler", f"PyTorch's own kernels run: {error}")
             return self._decision(native(problem, "no compiler"), max(EFFORTS.values()))
 
-    def _record(self, entry: Entry | None, problem: Problem) -> Record | None:
-        if entry is None:
-            return None
-        try:
-            return Record.from_json(entry.value)
-        except ValueError as error:
-            _warn(
-                f"record {entry.key}",
-                f"The cache entry for {problem} is malformed and not used ({error}); tune it again.",
-            )
-            return None
-
-    def _is_own(self, entry: Entry) -> bool:
-        """Whether the user's cache has the entry, and not only a shipped one."""
-        shipped = Cache(self.cache.directory / "no such directory", self.cache.fallbacks)
-        return shipped.get(entry.key) != entry
-
-    def _verdict(
-        self, problem: Problem, record: Record, source: str, what: str, candidate: Candidate | None = None
-    ) -> Choice | None:
-        """What a record says, its kernel built and checked; None, and a warning, if that fails."""
+    def _against(self, record: Record) -> str:
+        """Why a record speaks for PyTorch's kernel; "" if it does not."""
         if record.schedule is None:
-            return native(problem, f"{what}, no kernel worked", record.native_seconds)
+            return "no kernel worked"
         if record.speedup < self.min_speedup:
-            wanted = f"the best kernel was {record.speedup:.2f}x and {self.min_speedup:g}x is wanted"
-            return native(problem, f"{what}, {wanted}", record.native_seconds)
-        candidate = candidate or self._checked(problem, record.schedule, record.bound, source)
+            return f"the best kernel was {record.speedup:.2f}x and {self.min_speedup:g}x is wanted"
+        return ""
+
+    def _verdict(self, problem: Problem, stored: Stored, candidate: Candidate | None = None) -> Choice | None:
+        """What a record says, its kernel built and checked; None, and a warning, if that fails."""
+        record, what = stored.record, stored.what
+        against = self._against(record)
+        if against or record.schedule is None:
+            return native(problem, f"{what}, {against}", record.native_seconds)
+        candidate = candidate or self._checked(problem, record.schedule, record.bound, stored.source)
         if candidate is None:
             return None
-        measured = source != "nearest"  # on this problem, that is
+        measured = stored.source != "nearest"  # on this problem, that is
         return Choice(
             problem,
-            source,
+            stored.source,
             reason=f"{what}, {record.speedup:.2f}x",
             seconds=record.seconds if measured else None,
             native_seconds=record.native_seconds if measured else None,
@@ -337,79 +349,48 @@ class Chooser:
             why = describe(error)
         if not why:
             return candidate
-        _warn(
+        warn(
             f"{whose} {problem}",
             f"The {whose} schedule for {problem} is not used ({why}); tune it again.",
         )
         return None
 
-    def _tuned(self, problem: Problem, batch: int, label: str, before: Record | None) -> Choice:
+    def _tuned(self, problem: Problem, batch: int, label: str, tried: list[Record]) -> Choice:
         """Search, store what was found, and choose."""
-        began = time.monotonic()
         batch = tuning_batch(problem, batch)
         name = f"{label} {problem.direction}".strip()
-        key = self.key(problem)
         try:
-            with opened(problem, batch) as workload:
-                # Large problems take their time before the first trial; some of it comes off the budget.
-                budget = self.budget(problem)
-                left = max(budget.seconds - (time.monotonic() - began), 0.6 * budget.seconds)
-                config = replace(budget, seconds=left)
-                seeds = self._seeds(problem, before)
-                rng = random.Random(json.dumps(key, sort_keys=True))
-                result = tune(workload, config, rng, partial(self.bar.update, name), seeds)
+            seeds = partial(self.options.seeds, problem, tried)
+            result = search(problem, batch, self.budget(problem), seeds, partial(self.bar.update, name))
         except NoCompilerError:
             raise
         except Exception as error:
             why = describe(error)
-            _warn("tuning failed", f"PyTorch's own kernel runs {problem}, because tuning it failed: {why}")
+            warn("tuning failed", f"PyTorch's own kernel runs {problem}, because tuning it failed: {why}")
             return native(problem, f"tuning failed: {why}")
         self.counts.update(result.counts)
         self.interrupted = self.interrupted or result.interrupted
         effort = "full" if self.tune == "full" else "quick"
         record = Record.of(result, batch, effort)
-        if set(record.counts) - NOTHING_BUILT:
-            self.cache.put(key, record.to_json())
-        if not set(record.counts) - NOTHING_RAN:
-            _tell_failures(problem, record)
+        if tells_of_kernels(record):
+            self.cache.put(self.key(problem), record.to_json())
+        tell_failures(problem, record)
         what = "tuned until interrupted" if result.interrupted else "tuned"
         what += f" ({', '.join(f'{count} {category}' for category, count in record.counts.items())})"
         here = result.candidate if isinstance(result.candidate, Candidate) else None
-        choice = self._verdict(problem, record, "tuned", what, here)
+        choice = self._verdict(problem, Stored(record, "tuned", what), here)
         return choice or native(problem, f"{what}, but its kernel fails here", record.native_seconds)
-
-    def _similar(self, problem: Problem) -> list[tuple[Entry, Record]]:
-        """What was tuned for the most similar problems."""
-        found = [(entry, self._record(entry, problem)) for entry in similar(self.cache, self.key(problem))]
-        return [(entry, record) for entry, record in found if record]
-
-    def _seeds(self, problem: Problem, before: Record | None) -> list[Schedule]:
-        """What was best for this problem so far, and for similar ones."""
-        records = [before, *(record for _, record in self._similar(problem))]
-        texts = {json.dumps(item.schedule): item.schedule for item in records if item and item.schedule}
-        return [Schedule.from_json(schedule) for schedule in texts.values()]
-
-    def _nearest(self, problem: Problem) -> Choice | None:
-        """The choice for the most similar problem that was tuned."""
-        for entry, record in self._similar(problem):
-            size = "x".join(map(str, entry.key["size"]))
-            where = f"on {entry.key['device_name']} at size {size}, {entry.key['dtype']}"
-            what = f"tuned {where}, batch {record.batch}"
-            choice = self._verdict(problem, record, "nearest", what)
-            if choice:
-                self._advise(f"{problem} has no tuned options, and the nearest are used, {what}")
-                return choice
-        return None
 
     def _default(self, problem: Problem) -> Choice | None:
         """The default schedule, checked but not timed; only where the user wants no tuning and no lookup."""
         if self.tune != "none" or self.interrupted:
             return None
         target = kernel.target_of(problem.device)
+        kernel.require(target)
         try:
             schedule = Space(nest(problem), target, torch.get_num_threads()).default()
         except ScheduleError as error:
-            _warn(f"default {problem}", f"PyTorch's own kernel runs {problem}: {error}")
+            warn(f"default {problem}", f"PyTorch's own kernel runs {problem}: {error}")
             return None
         found = self._checked(problem, schedule.to_json(), None, "default")
         if found is None:
@@ -423,34 +404,10 @@ class Chooser:
         return native(problem, "no tuned entry; run g3dswap tune")
 
     def _advise(self, what: str) -> None:
-        _warn("untuned", f'{what}; run "g3dswap tune" or convert with tune="quick" for faster kernels.')
-
-
-def _tell_failures(problem: Problem, record: Record) -> None:
-    """Say that every kernel failed, and how the first one did."""
-    failed = [trial for trial in record.trials if trial["category"] != "illegal"]
-    if failed:
-        _warn(
-            "nothing ran",
-            f"PyTorch's own kernel runs {problem}: none of {len(failed)} kernels could be compiled and run "
-            f"({failed[0]['detail']}); see whether the compiler works and the disk has room, and tune again.",
-        )
+        warn("untuned", f'{what}; run "g3dswap tune" or convert with tune="quick" for faster kernels.')
 
 
 def native(problem: Problem, reason: str, native_seconds: float | None = None) -> Choice:
     """The choice of PyTorch's own kernel."""
     candidate = Candidate(problem)
     return Choice(problem, "native", reason, native_seconds, native_seconds, candidate=candidate)
-
-
-def _effort(record: Record) -> int:
-    """What a record is worth; one that was cut short serves only those who would not tune."""
-    return 0 if record.interrupted else EFFORTS[record.effort]
-
-
-def _warn(topic: str, message: str) -> None:
-    """Warn once in a process about a topic."""
-    if topic in _said:
-        return
-    _said.add(topic)
-    warnings.warn(message, G3DSwapWarning, stacklevel=3)

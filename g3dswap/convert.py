@@ -18,7 +18,7 @@ from torch import nn
 
 from g3dswap.calls import merge_functional
 from g3dswap.choice import Choice
-from g3dswap.choose import EFFORTS, MIN_SPEEDUP, Chooser, open_cache
+from g3dswap.choose import MIN_SPEEDUP, Chooser, open_cache
 from g3dswap.decide import Decision, call_of, decide, keep, peek, problems, swap_later
 from g3dswap.discover import Meeting, Shapes, Site, observe
 from g3dswap.entries import Kept, Layer, NotFused, Swapped
@@ -34,6 +34,7 @@ from g3dswap.plan import Plan, forget_choices, install_plan, keep_choices, read_
 from g3dswap.problem import Problem
 from g3dswap.report import Report, forget, machine, store
 from g3dswap.selection import Selection, check_model, select
+from g3dswap.stored import EFFORTS
 from g3dswap.trace import Trace, trace
 
 
@@ -267,6 +268,7 @@ def _decide_all(
             for problem in problems(site.module, meeting, fusions.get(id(site.module), NOTHING)):
                 wanted.setdefault(problem, (problem, meeting.batch, site.name))
     chooser.expect(len(wanted))
+    chooser.prepare(wanted.values())
     chooser.share(wanted.values())
     return [
         simple.get(key) or decide(site, met[key], choose, fusions.get(key, NOTHING))

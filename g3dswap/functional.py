@@ -70,6 +70,7 @@ def decide_calls(
             for problem in problems(_layer(use), meeting):
                 wanted.setdefault(problem, (problem, meeting.batch, item.entry.name))
     chooser.expect(len(wanted))
+    chooser.prepare(wanted.values())
     chooser.share(wanted.values())
     for item, use in met:
         if use.meetings:

@@ -69,12 +69,14 @@ _sharing = False
 
 
 def shares(items: list[T]) -> list[T]:
-    """The items in the order in which this rank should see to them; none if the ranks do not share work.
+    """The items in the order in which this rank should see to them; none if the ranks do not share work."""
+    return rotated(items) if _sharing and active() else []
 
-    Each begins at another place, so that they rarely want the same one.
-    """
-    if not (_sharing and active()):
-        return []
+
+def rotated(items: list[T]) -> list[T]:
+    """The items, from another place on for each rank, so that they rarely want the same one at a time."""
+    if not active():
+        return items
     begin = len(items) * dist.get_rank() // dist.get_world_size()
     return items[begin:] + items[:begin]
 

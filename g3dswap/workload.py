@@ -19,6 +19,7 @@ from torch import Tensor
 from . import comprehensions, native
 from .problem import Problem
 from .tc import kernel, timing
+from .tc.builds import Builds, cores
 from .tc.kernel import Kernel
 from .tc.schedule import Schedule
 from .tc.space import Space
@@ -84,6 +85,17 @@ def build(problem: Problem, schedule: Schedule, timeout: float) -> Candidate:
     """Compile a schedule for the problem; errors are those of `tc.kernel.build`."""
     nest = comprehensions.nest(problem)
     return Candidate(problem, kernel.build(nest, schedule, kernel.target_of(problem.device), timeout))
+
+
+def prepare(found: Sequence[tuple[Problem, Schedule]], timeout: float) -> None:
+    """Compile schedules for problems side by side; the `build` of each then meets what fails here."""
+
+    def compile_one(item: tuple[Problem, Schedule], seconds: float) -> None:
+        problem, schedule = item
+        kernel.prepare(comprehensions.nest(problem), schedule, kernel.target_of(problem.device), seconds)
+
+    for _ in Builds(compile_one, lambda begun: timeout, cores(), []).begin(found):
+        pass
 
 
 def tuning_batch(problem: Problem, batch: int) -> int:

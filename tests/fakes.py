@@ -53,6 +53,9 @@ class FakeChooser:
     def expect(self, passes: int) -> None:
         self.expected = passes
 
+    def prepare(self, wanted: Iterable[tuple[Problem, int, str]]) -> None:
+        """There is nothing to build."""
+
     def share(self, wanted: Iterable[tuple[Problem, int, str]]) -> None:
         """There are no other ranks."""
 

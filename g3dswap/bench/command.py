@@ -23,12 +23,12 @@ from g3dswap.bench.plot import check_format, draw
 from g3dswap.bench.results import Results
 from g3dswap.bench.run import Settings
 from g3dswap.bench.run import bench as run_bench
-from g3dswap.choose import EFFORTS
 from g3dswap.containers import check_output
 from g3dswap.errors import ArgumentError, VerificationError
 from g3dswap.options import DEVICE, PATH, Parsed, cache_option, force_option, print_table
 from g3dswap.problem import DIRECTIONS, DTYPES, LAYOUTS, dtype_name
 from g3dswap.rounds import STATISTICS
+from g3dswap.stored import EFFORTS
 
 
 def _some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:

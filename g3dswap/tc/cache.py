@@ -13,6 +13,7 @@ One JSON-lines file a device (``nvidia-h200.jsonl``; ``entries.py`` has the form
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import threading
@@ -72,16 +73,12 @@ class Cache:
 
     def near(self, key: Mapping[str, Any], ignore: Sequence[str]) -> list[Entry]:
         """The entries that equal ``key`` on every field outside ``ignore``."""
-
-        def rest(at: str) -> str:
-            fields = json.loads(at)
-            return json.dumps({name: fields[name] for name in sorted(fields) if name not in ignore})
-
-        wanted = rest(canonical(key))
+        ignored = frozenset(ignore)
+        wanted = _rest(canonical(key), ignored)
         with self._session():
             names = self._names(shipped=True) if "device_name" in ignore else [entries.file_name(key)]
             found = self._merged(names, shipped=True)
-            return [decode(line) for at, line in found.items() if rest(at) == wanted]
+            return [decode(line) for at, line in found.items() if _rest(at, ignored) == wanted]
 
     def put(self, key: Mapping[str, Any], value: Mapping[str, Any]) -> None:
         """Store ``value``; it is on disk when this returns, or kept in memory with one warning."""
@@ -259,6 +256,13 @@ class Cache:
             f"{len(contents.lines)} good entries were kept and the damaged file {what}."
         )
         self._note(message, message)
+
+
+@functools.lru_cache(maxsize=1 << 13)  # every entry of a device is looked at for every problem
+def _rest(at: str, ignored: frozenset[str]) -> str:
+    """A canonical key without some of its fields."""
+    fields = json.loads(at)
+    return json.dumps({name: fields[name] for name in sorted(fields) if name not in ignored})
 
 
 def _listing(directory: Path) -> list[Path]:

@@ -149,16 +149,17 @@ class _Stage:
     source: str
 
 
-def _stages(nest: Nest, schedule: Schedule, target: str) -> list[_Stage]:
+@functools.lru_cache(maxsize=64)  # a `build` follows a `prepare`, and printing takes its time
+def _stages(nest: Nest, schedule: Schedule, target: str) -> tuple[_Stage, ...]:
     """What is compiled for a schedule, in the order of launches."""
     if target not in TARGETS:
         raise ArgumentError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}.")
     scheduled = apply(nest, schedule)
     if target == "cpp":
-        return [_Stage(scheduled, schedule, print_cpp(scheduled))]
+        return (_Stage(scheduled, schedule, print_cpp(scheduled)),)
     stages = [_Stage(scheduled, schedule, print_triton(scheduled, schedule.hint("ahead", 0)))]
     second = totals.total(scheduled)
     if second is not None:
         summing = apply(*second)
         stages.append(_Stage(summing, second[1], print_triton(summing)))
-    return stages
+    return tuple(stages)

@@ -7,13 +7,17 @@ What is left at run time is written as linear forms over loop variables and *quo
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from .linear import Linear
 from .nest import Access, Fused, Index, Nest, digits
 from .place import Env, Guard, resolve
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,31 @@ class Spot:
     run: Guard | None = None
     images: Images | None = None
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Worked out once: a spot of a tile is looked up at many of its points."""
+        return hash((self.tensor, self.address, self.guards, self.exact))
+
+
+class _Memo(Generic[T]):
+    """A function of an environment that looks at these variables only, asked once for their values.
+
+    Most points of a tile differ in what others depend on.
+    """
+
+    def __init__(self, make: Callable[[Env], T], variables: Iterable[str]) -> None:
+        self.make, self.variables = make, tuple(variables)
+        self.known: dict[tuple[int | None, ...], T] = {}
+
+    def __call__(self, env: Env) -> T:
+        values = tuple(map(env.get, self.variables))
+        if values not in self.known:
+            self.known[values] = self.make(env)
+        return self.known[values]
+
 
 class Spotter:
     """Finds the spots of one nest.
@@ -66,37 +95,63 @@ class Spotter:
         self.quotients: dict[str, Quotient] = {}
         self._names: dict[Quotient, str] = {}
         looped = {p.axis for p in nest.loops if nest.is_reduce(p.axis) and nest.fusion_of(p.axis) is None}
-        self._ends = [
-            (digits(nest, axis), nest.extent(axis) or 0) for axis in sorted(looped) if nest.overshoots(axis)
-        ]
+        self._ended = [axis for axis in sorted(looped) if nest.overshoots(axis)]
         self._cut = [
             part
             for fused in nest.fused
             for part, blocks in zip(fused.parts, fused.extents)
             if nest.is_reduce(part) and blocks * nest.block(part) > (nest.extent(part) or 0)
         ]
+        # By identity, for an access takes as long to hash as all the rest.
+        self._spots = {
+            id(a): _Memo(functools.partial(self._spot, a), self._variables(self._axes(a)))
+            for a in nest.accesses
+        }
+        self._values = {
+            id(i): _Memo(functools.partial(self._index, i), self._variables(i.axes))
+            for a in nest.accesses
+            for i in a.indices
+        }
 
     def spot(self, access: Access, env: Env) -> Spot | None:
         """The spot of an access, or None where its term vanishes whatever the run-time loops do."""
+        return self._spots[id(access)](env)
+
+    def _axes(self, access: Access) -> frozenset[str]:
+        """The axes that a spot of an access depends on."""
+        ends = (*self._ended, *self._cut) if access in self.nest.factors else ()
+        return access.axes.union(ends)
+
+    def _variables(self, axes: frozenset[str]) -> Iterator[str]:
+        """The loop variables that axes are made of."""
+        fused = {found.name for axis in axes if (found := self.nest.fusion_of(axis))}
+        return (f"v{i}" for i, p in enumerate(self.nest.loops) if p.axis in axes | fused)
+
+    def _spot(self, access: Access, env: Env) -> Spot | None:
         env = {**self.fixed, **env}
         tensor = self.nest.tensor(access.tensor)
-        address = Linear()
+        offset, terms = 0, []
         guards: dict[Guard, None] = {}
         exact: dict[tuple[Linear, int], None] = {}
         if access in self.nest.factors:
             # One zero factor would do for finite numbers, but zero times infinity is none.
-            for end, reach in self._ends:
-                if not self._guard(resolve(end, env), reach, guards):
+            for axis in self._ended:
+                end = resolve(digits(self.nest, axis), env)
+                if not self._guard(end, self.nest.extent(axis) or 0, guards):
                     return None
             for part in self._cut:
                 if not self._guard(self._axis(part, env), self.nest.extent(part) or 0, guards):
                     return None
         runs = []
         for index, extent, stride in zip(access.indices, tensor.shape, tensor.strides):
-            value = self._index(index, env, exact)
-            if value is None:
+            found = self._values[id(index)](env)
+            if found is None:
                 return None
-            address = address + value * stride
+            value, rest = found
+            if rest is not None:
+                exact[rest, index.divisor] = None
+            offset += value.const * stride
+            terms += [(symbol, coefficient * stride) for symbol, coefficient in value.terms]
             if extent is not None and not self._guard(value, extent, guards):
                 return None
             if stride == 1 and extent is not None and extent > 1:
@@ -106,16 +161,9 @@ class Spotter:
             if not self._guard(self._axis(a, env) - self._axis(b, env), 1, guards):
                 return None
         run = runs[0] if len(runs) == 1 else None
+        address = self._joined(Linear.of(offset, terms))
         images = self._images(access, env)
-        return Spot(access.tensor, self._joined(address), tuple(guards), tuple(exact), run, images)
-
-    def variables(self, form: Linear) -> Iterator[str]:
-        """The loop variables that a form depends on."""
-        for symbol, _ in form.terms:
-            if symbol in self.quotients:
-                yield from self.variables(self.quotients[symbol].form)
-            else:
-                yield symbol
+        return Spot(access.tensor, address, tuple(guards), tuple(exact), run, images)
 
     def span(self, tensor_name: str) -> int:
         """How far apart two elements of one image, or one block of images, can lie."""
@@ -136,18 +184,17 @@ class Spotter:
             guards[Guard(value, extent)] = None
         return high >= 0 and low < extent
 
-    def _index(self, index: Index, env: Env, exact: dict[tuple[Linear, int], None]) -> Linear | None:
+    def _index(self, index: Index, env: Env) -> tuple[Linear, Linear | None] | None:
+        """The value of an index and, where it divides, what must divide at run time; None: it never does."""
         value = Linear(index.offset)
         for axis, coefficient in index.terms:
             value = value + self._axis(axis, env) * coefficient
         if index.divisor == 1:
-            return value
+            return value, None
         whole, rest = self._split(value, index.divisor)
         if rest.const % math.gcd(index.divisor, *(c for _, c in rest.terms)):
             return None
-        if rest.terms:
-            exact[rest, index.divisor] = None
-        return whole + self._floor(rest, index.divisor)
+        return whole + self._floor(rest, index.divisor), rest if rest.terms else None
 
     def _axis(self, axis: str, env: Env) -> Linear:
         """The value of an axis; a part of a fused one is decoded from the flat index, innermost first."""

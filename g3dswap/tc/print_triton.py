@@ -156,7 +156,6 @@ class _Printer:
             for value in range(nest.loops[i].count or 1):
                 self.level(i + 1, {**env, f"v{i}": value})
         else:
-            self.write.levels[f"v{i}"] = self.text.level + 1
             self.loop(i, env)
         if i == nest.accumulate_from:
             self.store(env)
@@ -176,6 +175,10 @@ class _Printer:
 
     def load(self, prefix: str, spot: Spot, role: str, condition: str = "") -> str:
         """The name of a load, made if need be; where the tensor has no element it is zero."""
+        return self.text.once((spot, role, condition), lambda: self.loaded(prefix, spot, role, condition))
+
+    def loaded(self, prefix: str, spot: Spot, role: str, condition: str) -> str:
+        """The name of a load that may share its instruction with others."""
         found = None if role or condition or not self.write.reach(spot.address) else word(spot, self.dtype)
         if found is not None:
             wide, place = found
@@ -216,10 +219,11 @@ class _Printer:
     def tile_points(self, env: Env) -> Iterator[tuple[Key, Env]]:
         """Every point of the unrolled tile and the key of its accumulator."""
         nest = self.nest
-        loops = [(i, p) for i, p in enumerate(nest.loops) if i >= nest.tile_start and p.bind == "unroll"]
-        for values in itertools.product(*(range(p.count or 1) for _, p in loops)):
-            key = tuple(v for (_, p), v in zip(loops, values) if not nest.is_reduce(p.axis))
-            yield key, {**env, **{f"v{i}": v for (i, _), v in zip(loops, values)}}
+        start = nest.tile_start
+        loops = {f"v{i}": p for i, p in enumerate(nest.loops) if i >= start and p.bind == "unroll"}
+        parallel = [not nest.is_reduce(p.axis) for p in loops.values()]
+        for values in itertools.product(*(range(p.count or 1) for p in loops.values())):
+            yield tuple(itertools.compress(values, parallel)), {**env, **dict(zip(loops, values))}
 
     def accumulators(self, env: Env) -> dict[Key, Env]:
         """One point of the tile for each accumulator that is stored somewhere."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ INDENT = "    "
 class _Scope:
     lines: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
+    known: dict[Hashable, str] = field(default_factory=dict)
 
 
 class Scopes:
@@ -26,6 +28,7 @@ class Scopes:
         self._scopes = [_Scope()]
         self._variables: set[str] = set()
         self.taken = set(reserved)
+        self._numbers: dict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
 
     @property
     def level(self) -> int:
@@ -39,7 +42,7 @@ class Scopes:
 
     def fresh(self, prefix: str) -> str:
         """A name that is not taken yet: the prefix and a number."""
-        name = next(n for i in itertools.count(1) if (n := f"{prefix}{i}") not in self.taken)
+        name = next(n for i in self._numbers[prefix] if (n := f"{prefix}{i}") not in self.taken)
         self.taken.add(name)
         return name
 
@@ -56,6 +59,13 @@ class Scopes:
             names[expression] = self.fresh(prefix)
             self._write(f"{names[expression]} = {expression}", level)
         return names[expression]
+
+    def once(self, key: Hashable, make: Callable[[], str]) -> str:
+        """What `make` says, which is asked once for a key in the innermost scope."""
+        known = self._scopes[-1].known
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
     def variable(self, name: str, expression: str) -> str:
         """A variable of the function with a name of its own, written once."""

@@ -30,7 +30,7 @@ class Expressions:
 
     vectors: the loops whose variables are tiles.
     dims:    the dimension of each loop over lanes.
-    levels:  the scope in which a variable is known, where that is not the function.
+    levels:  the scope in which a variable is known, where that is not the function: its loop's.
     """
 
     def __init__(self, nest: Nest) -> None:
@@ -42,7 +42,9 @@ class Expressions:
         self.vectors = {v: p for v, p in loops.items() if p.bind in VECTOR_BINDS and p.count != 1}
         self.dot = any(p.bind == "depth" for p in self.vectors.values())
         self.dims = {v: d for d, v in enumerate(v for v, p in self.vectors.items() if p.bind == "lanes")}
-        self.levels: dict[str, int] = {}
+        inside = [v for v, p in loops.items() if p.bind == "serial" and p.count != 1]
+        self.levels = {v: level for level, v in enumerate(inside, 1)}
+        self._known: dict[str, tuple[int, frozenset[str]]] = {}
 
     def _variable_name(self, i: int) -> str:
         """A readable name for a loop variable: its axis, numbered where the axis has several digits."""
@@ -73,11 +75,22 @@ class Expressions:
 
     def level(self, form: Linear) -> int:
         """The scope in which all variables of a form are known."""
-        return max((self.levels.get(v, 0) for v in self.spotter.variables(form)), default=0)
+        return max((self._facts(symbol)[0] for symbol, _ in form.terms), default=0)
 
     def reach(self, form: Linear) -> frozenset[str]:
         """The tile variables that a form depends on."""
-        return frozenset(v for v in self.spotter.variables(form) if v in self.vectors)
+        return frozenset().union(*(self._facts(symbol)[1] for symbol, _ in form.terms))
+
+    def _facts(self, symbol: str) -> tuple[int, frozenset[str]]:
+        """The scope in which a symbol is known, and the tile variables that it depends on."""
+        if symbol not in self._known:
+            quotient = self.spotter.quotients.get(symbol)
+            own = frozenset((symbol,) if symbol in self.vectors else ())
+            facts = (self.levels.get(symbol, 0), own)
+            self._known[symbol] = (
+                facts if quotient is None else (self.level(quotient.form), self.reach(quotient.form))
+            )
+        return self._known[symbol]
 
     def sum(self, form: Linear, role: str, wide: bool = False) -> str:
         """The text of a form; the loop over the batch, and all that is `wide`, count in 64 bits."""
