@@ -33,7 +33,7 @@ from .tc.cache import Cache, default_directory
 from .tc.schedule import Schedule
 from .tc.space import Space
 from .tc.trial import TunerConfig, describe
-from .workload import Candidate, build, prepare, quick_check, tuning_batch
+from .workload import Candidate, build, prepare, quick_check, race, tuning_batch
 
 CONFIGS = {"quick": TunerConfig.quick, "full": TunerConfig.full}
 MIN_SPEEDUP = 1.05
@@ -285,7 +285,7 @@ class Chooser:
         target, tried = kernel.target_of(problem.device), []
         try:
             for stored in self._usable(problem):
-                choice = self._verdict(problem, stored)
+                choice = self._verdict(problem, stored, batch)
                 if choice:
                     if stored.source == "nearest":
                         self._advise(
@@ -313,16 +313,35 @@ class Chooser:
             return f"the best kernel was {record.speedup:.2f}x and {self.min_speedup:g}x is wanted"
         return ""
 
-    def _verdict(self, problem: Problem, stored: Stored, candidate: Candidate | None = None) -> Choice | None:
-        """What a record says, its kernel built and checked; None, and a warning, if that fails."""
-        record, what = stored.record, stored.what
+    def _verdict(
+        self, problem: Problem, stored: Stored, batch: int, candidate: Candidate | None = None
+    ) -> Choice | None:
+        """What a record says, its kernel built and checked; None, and a warning, if that fails.
+
+        A record of another size, or of a far batch, has the last word only where there is no memory to
+        time its kernel here.
+        """
+        record, what, measured = stored.record, stored.what, stored.source != "nearest"
         against = self._against(record)
         if against or record.schedule is None:
             return native(problem, f"{what}, {against}", record.native_seconds)
         candidate = candidate or self._checked(problem, record.schedule, record.bound, stored.source)
         if candidate is None:
             return None
-        measured = stored.source != "nearest"  # on this problem, that is
+        batch = tuning_batch(problem, batch)
+        if not stored.tells_of(batch):
+            try:
+                ours, theirs = race(candidate, batch)
+            except torch.OutOfMemoryError:
+                pass
+            except Exception as error:
+                self._refuse(problem, stored.source, describe(error))
+                return None
+            else:
+                record = replace(record, batch=batch, seconds=ours, native_seconds=theirs)
+                what, measured = f"{what}; at batch {batch} here", True
+                if against := self._against(record):
+                    return native(problem, f"{what}, {against}", theirs)
         return Choice(
             problem,
             stored.source,
@@ -349,11 +368,14 @@ class Chooser:
             why = describe(error)
         if not why:
             return candidate
+        self._refuse(problem, whose, why)
+        return None
+
+    def _refuse(self, problem: Problem, whose: str, why: str) -> None:
         warn(
             f"{whose} {problem}",
             f"The {whose} schedule for {problem} is not used ({why}); tune it again.",
         )
-        return None
 
     def _tuned(self, problem: Problem, batch: int, label: str, tried: list[Record]) -> Choice:
         """Search, store what was found, and choose."""
@@ -378,7 +400,7 @@ class Chooser:
         what = "tuned until interrupted" if result.interrupted else "tuned"
         what += f" ({', '.join(f'{count} {category}' for category, count in record.counts.items())})"
         here = result.candidate if isinstance(result.candidate, Candidate) else None
-        choice = self._verdict(problem, Stored(record, "tuned", what), here)
+        choice = self._verdict(problem, Stored(record, "tuned", what), batch, here)
         return choice or native(problem, f"{what}, but its kernel fails here", record.native_seconds)
 
     def _default(self, problem: Problem) -> Choice | None:

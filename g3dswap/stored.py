@@ -35,6 +35,10 @@ def key_of(problem: Problem) -> dict[str, Any]:
     return problem.key(kernel.versions(kernel.target_of(problem.device)))
 
 
+FAR = 2
+"""The ratio of batch sizes up to which times at one say which kernel is faster at the other."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """A record that may serve a problem, where it comes from (of `choice.SOURCES`) and how, in words."""
@@ -47,6 +51,11 @@ class Stored:
     def effort(self) -> int:
         """What a choice of it rests on, of EFFORTS: a similar problem's says little."""
         return 0 if self.source == "nearest" else EFFORTS[self.record.effort]
+
+    def tells_of(self, batch: int) -> bool:
+        """Whether its times say which kernel is faster at this batch size."""
+        less, more = sorted((batch, self.record.batch))
+        return self.source != "nearest" and more <= FAR * less
 
 
 class Options:

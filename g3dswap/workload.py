@@ -12,6 +12,7 @@ import operator
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ TUNING_FLOPS = {"cpu": 2e9, "cuda": 1e13}
 TUNING_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}
 # PyTorch's kernel is run once for its result anyway; a run this long (seconds) is its time as well.
 LONG = 0.5
+RACE_SECONDS = 0.02
 # Random numbers are drawn up to this many (a prime: no stride repeats them early) and then repeated.
 PERIOD = 1048583
 # A kernel that was within its bound when it was tuned is only looked at again for damage: within twice
@@ -164,6 +166,18 @@ def quick_check(candidate: Candidate, bound: float | None = None, seed: int = 1)
     candidate.into(out, operands)
     written = bool(torch.isfinite(out).all())
     return Check(native.error(sample.of(out), sample.reference) if written else float("inf"), bound)
+
+
+def race(candidate: Candidate, batch: int) -> tuple[float, float]:
+    """Seconds of a kernel and of PyTorch's at a batch size, cold, measured for `RACE_SECONDS` each."""
+    problem = candidate.problem
+    operands, sample = random_operands(problem, batch, 0), timing.sampler(problem.device)
+    with torch.no_grad(), native.switches(problem):
+        theirs, ours = (
+            timing.measure(partial(it, *operands), sample, RACE_SECONDS).seconds
+            for it in (Candidate(problem), candidate)
+        )
+    return ours, theirs
 
 
 def random_operands(problem: Problem, batch: int, seed: int) -> list[Tensor | None]:

@@ -21,10 +21,11 @@ import torch
 from g3dswap import choose, native, ranks, workload
 from g3dswap.choice import Choice, Record
 from g3dswap.choose import Chooser
+from g3dswap.comprehensions import nest
 from g3dswap.errors import ArgumentError, CompileError, G3DSwapWarning, NoCompilerError, PlanError
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc.cache import Cache
-from g3dswap.tc.schedule import Digit, Schedule
+from g3dswap.tc.schedule import Digit, Schedule, serial
 from g3dswap.tc.timing import Timing
 from g3dswap.tc.trial import TunerConfig
 from g3dswap.workload import Candidate, PassWorkload
@@ -96,12 +97,17 @@ class World:
     on_time: Callable[[int], None] = lambda n: None
     built: list[int] = field(default_factory=list)
     timed: list[int] = field(default_factory=list)
+    raced: list[tuple[int, int]] = field(default_factory=list)
 
     def build(self, problem: Problem, point: Schedule, timeout: float) -> Candidate:
         n = point.hint("number", -1)
         self.built.append(n)
         self.on_build(n)
         return Candidate(problem, FakeKernel(problem, point, self.scale.get(n, 1.0)))  # type: ignore[arg-type]
+
+    def race(self, candidate: Candidate, batch: int) -> tuple[float, float]:
+        self.raced.append((number(candidate), batch))
+        return self.seconds.get(number(candidate), 2.0), self.seconds[-1]
 
     def time(
         self, _: PassWorkload, candidate: Candidate, seconds: float, above: float | None = None
@@ -123,6 +129,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     world = World()
     monkeypatch.setattr(choose, "build", world.build)
     monkeypatch.setattr(workload, "build", world.build)
+    monkeypatch.setattr(choose, "race", world.race)
     monkeypatch.setattr(choose, "Space", FakeSpace)
     monkeypatch.setattr(workload, "Space", FakeSpace)
     monkeypatch.setattr(PassWorkload, "time", lambda *args, **options: world.time(*args, **options))
@@ -417,8 +424,60 @@ def test_the_nearest_size_serves_after_a_check(world: World, cache: Cache) -> No
     with pytest.warns(G3DSwapWarning, match=message) as said:
         choice = again(cache).choose(sized(10, 9, 8))
     assert choice.source == "nearest" and choice.schedule == schedule(6).to_json() and world.built == [6]
-    assert choice.seconds is None and "3.00x" in choice.reason and len(said) == 1
+    assert choice.seconds == 1.0 and "at batch 1 here, 3.00x" in choice.reason and len(said) == 1
+    assert world.raced == [(6, 1)]
     assert outcome(choice) < 1e-6
+
+
+def test_a_nearest_that_is_slower_here_is_not_used(world: World, cache: Cache) -> None:
+    chooser(cache).choose(sized(5, 6, 7))
+    world.seconds = {-1: 1.0, 5: 1.0}
+    with pytest.warns(G3DSwapWarning):
+        choice = again(cache).choose(sized(6, 6, 7), 3)
+    assert choice.is_native and world.raced == [(5, 3)]
+    assert "; at batch 3 here, the best kernel was 1.00x and 1.05x is wanted" in choice.reason
+
+
+@pytest.mark.parametrize(("batch", "raced"), [(1, True), (2, False), (4, False), (8, False), (9, True)])
+def test_times_of_a_far_batch_are_not_believed(world: World, cache: Cache, batch: int, raced: bool) -> None:
+    chooser(cache).choose(PROBLEM, 4)
+    faster = again(cache).choose(PROBLEM, batch)
+    assert faster.source == "cached" and faster.seconds == 1.0
+    assert world.raced == [(5, batch)] * raced
+    world.seconds = {-1: 1.0, 5: 2.0}
+    slower = again(cache).choose(PROBLEM, batch)
+    assert slower.is_native == raced and (not raced or slower.native_seconds == 1.0)
+
+
+def test_where_memory_is_short_the_stored_times_decide(
+    world: World, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chooser(cache).choose(PROBLEM, 1)
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory for so many images")
+
+    monkeypatch.setattr(choose, "race", full)
+    assert again(cache).choose(PROBLEM, 64).source == "cached"
+
+
+def test_a_kernel_that_fails_on_a_far_batch_is_not_used(
+    world: World, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chooser(cache).choose(PROBLEM, 1)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("too many programs")
+
+    monkeypatch.setattr(choose, "race", broken)
+    with pytest.warns(G3DSwapWarning) as said:
+        assert again(cache).choose(PROBLEM, 64).is_native
+    assert "is not used" in (text := str(said[0].message)) and "too many programs" in text
+
+
+def test_a_race_is_between_two_kernels_on_the_same_data() -> None:
+    ours, theirs = workload.race(workload.build(PROBLEM, serial(nest(PROBLEM)), 60.0), 2)
+    assert ours > 0 and theirs > 0
 
 
 def test_a_schedule_serves_where_something_else_follows_the_sum(world: World, cache: Cache) -> None:
