@@ -120,7 +120,8 @@ def reference(problem: Problem, *tensors: Tensor | None) -> Tensor:
     PyTorch's float64 kernels are the plain ones (unfold and matrix product on a CPU); the tests hold
     them to an independent implementation.
     """
-    return _compute(problem, [None if x is None else x.detach().double().contiguous() for x in tensors])
+    with unsearched():
+        return _compute(problem, [None if x is None else x.detach().double().contiguous() for x in tensors])
 
 
 def error(out: Tensor, ref: Tensor) -> float:
@@ -164,6 +165,17 @@ def random_operands(
     if problem.direction == "forward":
         return [image, weight, bias]
     return [normal(g.output_shape(batch)), image, weight, *([] if bias is None else [bias])]
+
+
+@contextlib.contextmanager
+def unsearched() -> Iterator[None]:
+    """Without cuDNN's search for its fastest kernels, which takes longer than what runs only once."""
+    before = _C._get_cudnn_benchmark()
+    _C._set_cudnn_benchmark(False)
+    try:
+        yield
+    finally:
+        _C._set_cudnn_benchmark(before)
 
 
 @contextlib.contextmanager

@@ -166,4 +166,5 @@ def test_what_cannot_be_measured() -> None:
 def test_on_a_gpu() -> None:
     x = torch.randn(8, 3, 8, 28, 28, device="cuda")
     for step in measured(convert(Net().cuda(), x), x).values():
-        assert step.share_after is not None and 0 < step.share_after < 1 and 0 < step.share_before < 1
+        # Of so small a step they may be all: their times are without the gaps that the host leaves.
+        assert step.share_after is not None and 0 < step.share_after <= 1 and 0 < step.share_before <= 1

@@ -290,6 +290,29 @@ def test_switches_are_read_and_restored() -> None:
     assert not native.deterministic("cpu")
 
 
+def test_the_reference_searches_for_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    compute = native._compute
+
+    def recorded(*args: Any) -> Any:
+        seen.append(torch._C._get_cudnn_benchmark())
+        return compute(*args)
+
+    monkeypatch.setattr(native, "_compute", recorded)
+    problem = Problem("forward", GEOMETRY)
+    operands = native.random_operands(problem, 1)
+    before = torch._C._get_cudnn_benchmark()
+    try:
+        for wanted in (True, False):
+            torch._C._set_cudnn_benchmark(wanted)
+            native.run(problem, *operands)
+            native.reference(problem, *operands)
+            assert torch._C._get_cudnn_benchmark() == wanted
+    finally:
+        torch._C._set_cudnn_benchmark(before)
+    assert seen == [True, False, False, False]
+
+
 def test_switches_work_after_global_flags_were_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     # The flag is a global of the module that `torch.backends` has wrapped.
     module = torch.backends.flags_frozen.__globals__
