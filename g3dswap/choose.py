@@ -147,6 +147,7 @@ class Chooser:
             raise ArgumentError(f"min_speedup={min_speedup!r} must be a number of at least 0, say 1.05.")
         self.cache, self.tune, self.min_speedup = cache, tune, float(min_speedup)
         self.options = Options(cache)
+        self._guesses: dict[Problem, Schedule] = {}
         self.config = config
         self.interrupted = False
         self.counts: Counter[str] = Counter()
@@ -158,13 +159,13 @@ class Chooser:
         self.bar = Bar(self.bar.enabled, passes)
 
     def prepare(self, wanted: Iterable[tuple[Problem, int, str]]) -> None:
-        """Compile side by side what `choose` is going to build from stored schedules; arguments as for it.
+        """Compile side by side what `choose` is going to build without a search; arguments as for it.
 
         What fails here fails there again, and is told there.
         """
         with _LOCK:
             waiting = [problem for problem, _, _ in wanted if self._known(problem) is None]
-            found = [(problem, schedule) for problem in waiting if (schedule := self._stored(problem))]
+            found = [(problem, schedule) for problem in waiting if (schedule := self._expected(problem))]
             if len(found) < 2:
                 return
             # Ranks begin at different places: what one of them has compiled the others find.
@@ -269,17 +270,28 @@ class Chooser:
         """What is stored and serves this chooser, in the order in which it is tried."""
         return self.options.usable(problem, 0 if self.interrupted else EFFORTS[self.tune])
 
-    def _stored(self, problem: Problem) -> Schedule | None:
-        """The stored schedule that is built first for a problem, if one is."""
+    def _expected(self, problem: Problem) -> Schedule | None:
+        """The schedule that is built first for a problem, if one is without a search."""
         try:
             if problem in _plan:
                 data = _plan[problem].schedule
+            elif first := next(self._usable(problem), None):
+                data = None if self._against(first.record) else first.record.schedule
             else:
-                first = next(self._usable(problem), None)
-                data = None if first is None or self._against(first.record) else first.record.schedule
+                return self._guess(problem)
             return None if data is None else Schedule.from_json(data)
-        except NoCompilerError:
+        except (NoCompilerError, ScheduleError):
             return None
+
+    def _guess(self, problem: Problem) -> Schedule | None:
+        """The cost model's choice, only where the user wants no tuning. ScheduleError: there is none."""
+        if self.tune != "none" or self.interrupted:
+            return None
+        target = kernel.target_of(problem.device)
+        kernel.require(target)
+        if problem not in self._guesses:
+            self._guesses[problem] = Space(nest(problem), target, torch.get_num_threads()).default()
+        return self._guesses[problem]
 
     def _decide(self, problem: Problem, batch: int, label: str) -> _Decision:
         target, tried = kernel.target_of(problem.device), []
@@ -404,18 +416,14 @@ class Chooser:
         return choice or native(problem, f"{what}, but its kernel fails here", record.native_seconds)
 
     def _default(self, problem: Problem) -> Choice | None:
-        """The default schedule, checked but not timed; only where the user wants no tuning and no lookup."""
-        if self.tune != "none" or self.interrupted:
-            return None
-        target = kernel.target_of(problem.device)
-        kernel.require(target)
+        """The default schedule, checked but not timed."""
         try:
-            schedule = Space(nest(problem), target, torch.get_num_threads()).default()
+            schedule = self._guess(problem)
         except ScheduleError as error:
             warn(f"default {problem}", f"PyTorch's own kernel runs {problem}: {error}")
             return None
-        found = self._checked(problem, schedule.to_json(), None, "default")
-        if found is None:
+        found = schedule and self._checked(problem, schedule.to_json(), None, "default")
+        if not schedule or not found:
             return None
         return Choice(problem, "default", "not timed", schedule=schedule.to_json(), candidate=found)
 

@@ -233,3 +233,21 @@ def test_a_conversion_compiles_ahead_and_only_loads_then(
         fast = g3dswap.convert(net, x, tune="cached", progress=False)
     assert [item.calls[0].passes[0].source for item in g3dswap.report(fast).swapped] == ["cached"] * 3
     assert began[-1] == "prepared" and len(began) == 4  # two kernels and the program that runs them once
+
+
+def test_guesses_of_the_model_are_prepared_where_nothing_is_to_be_tuned(
+    cache: Cache, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.prune(lambda entry: True)
+    made = []
+
+    class Counted(Space):
+        def default(self) -> Any:
+            made.append(self.nest)
+            return super().default()
+
+    monkeypatch.setattr(choose, "Space", Counted)
+    one = chooser(cache, "none")
+    one.prepare(WANTED)
+    assert sorted(compiler.channels) == [2, 3, 4] and len(made) == 3
+    assert one.choose(PROBLEMS[0]).source == "default" and len(made) == 3  # not worked out again
