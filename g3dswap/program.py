@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .containers import atomic_write, opened
 from .entries import Skipped
 from .errors import ArgumentError, CheckpointError, first_line
-from .module import Grouped3D
-from .problem import LAYOUTS
+from .module import Grouped
+from .problem import LAYOUTS, transposed_size
 from .sniff import PROGRAM
 
 SCHEMA = 8
@@ -31,7 +31,8 @@ SCHEMA = 8
 
 OPERATOR = "torch.ops.g3dswap.conv3d.default"
 
-_CONVOLUTIONS = ("aten.conv3d.default", "aten.conv3d.padding", "aten.convolution.default")
+_TRANSPOSED = "aten.conv_transpose3d.input"
+_CONVOLUTIONS = ("aten.conv3d.default", "aten.conv3d.padding", "aten.convolution.default", _TRANSPOSED)
 _DTYPES = {6: torch.float16, 7: torch.float32, 8: torch.float64, 13: torch.bfloat16}  # the format's numbers
 _LARGEST_GRAPH = 256 << 20  # bytes of JSON
 _DEEPEST = 100  # level of nesting in it
@@ -49,7 +50,8 @@ class Node:
     data: dict[str, Any] = field(repr=False)
     """The node in the program's JSON."""
     arguments: dict[str, Any] = field(repr=False)
-    """Those of ``nn.Conv3d``."""
+    """Those of ``nn.Conv3d`` or, where it is transposed, ``nn.ConvTranspose3d``."""
+    transposed: bool
     shape: tuple[int, ...]
     layout: str
 
@@ -73,7 +75,7 @@ class Program:
         if fresh != self:
             raise CheckpointError(f"{self.path} was changed meanwhile; convert it again.")
         for node in fresh.nodes:
-            if isinstance(layers.get_submodule(node.name), Grouped3D):
+            if isinstance(layers.get_submodule(node.name), Grouped):
                 node.data.update(target=OPERATOR, inputs=_inputs(node))
         graph = json.dumps(fresh.graph).encode()
 
@@ -106,7 +108,8 @@ class Layers(nn.Module):
                 if part not in parent._modules:
                     parent.add_module(part, nn.Module())
                 parent = parent.get_submodule(part)
-            parent.add_module(name, nn.Conv3d(**node.arguments).requires_grad_(False))
+            kind = nn.ConvTranspose3d if node.transposed else nn.Conv3d
+            parent.add_module(name, kind(**node.arguments).requires_grad_(False))
         self.eval()
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
@@ -219,11 +222,14 @@ _DEFAULTS: dict[str, Any] = {
     "dilation": {"as_ints": [1, 1, 1]},
     "groups": {"as_int": 1},
     "transposed": {"as_bool": False},
+    "output_padding": {"as_ints": [0, 0, 0]},
 }
 
 
 def _arguments(data: dict[str, Any]) -> dict[str, Any]:
-    return _DEFAULTS | {item["name"]: item["arg"] for item in data["inputs"]}
+    transposed = data["target"].removeprefix("torch.ops.") == _TRANSPOSED
+    given = {item["name"]: item["arg"] for item in data["inputs"]}
+    return _DEFAULTS | {"transposed": {"as_bool": transposed}} | given
 
 
 def _tensor(tensors: dict[str, Any], name: str) -> dict[str, Any]:
@@ -233,16 +239,17 @@ def _tensor(tensors: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _reason(arguments: dict[str, Any], weight: dict[str, Any]) -> str | None:
     """Why a convolution stays what it is, if it does."""
-    if arguments["transposed"]["as_bool"]:
-        return "it is transposed"
     if weight["dtype"] not in _DTYPES:
         return "there are no kernels for its dtype"
     kinds = ("cpu", "cuda")
     if weight["device"]["type"] not in kinds:
         return f"there are no kernels for {weight['device']['type']} devices"
-    lists = [arguments[name] for name in ("stride", "padding", "dilation")]
+    lists = [arguments[name] for name in ("stride", "padding", "dilation", "output_padding")]
     if any("as_ints" not in item and "as_string" not in item for item in lists):
         return "its stride, padding or dilation depends on the input"
+    more, steps = _triple(arguments["output_padding"]), _triple(arguments["stride"])
+    if arguments["transposed"]["as_bool"] and any(m >= s for m, s in zip(more, steps)):
+        return "its output_padding is not below its stride"
     if arguments["padding"].get("as_string") == "same":
         kernel, dilation = _sizes(weight)[2:], _triple(arguments["dilation"])
         if any(d * (k - 1) % 2 for d, k in zip(dilation, kernel)):
@@ -266,13 +273,15 @@ def _node(
     for counts, most in ((shape, _MOST_ELEMENTS), (sizes, most_weights)):
         if min(counts) < 1 or prod(counts) > most:
             raise ValueError(f"a tensor of shape {counts}")
-    if len(batched) != 5 or batched[1] != sizes[1] * groups or sizes[0] % groups:
+    transposed = arguments["transposed"]["as_bool"]
+    filters, channels = (sizes[1] * groups, sizes[0]) if transposed else (sizes[0], sizes[1] * groups)
+    if len(batched) != 5 or batched[1] != channels or sizes[0] % groups:
         raise ValueError(f"a convolution of {shape} by {sizes}")
     kind, index = weight["device"]["type"], weight["device"]["index"]
     last = len(shape) == 5 and shape[1] > 1 and strides[1] == 1
     options: dict[str, Any] = {
         "in_channels": batched[1],
-        "out_channels": sizes[0],
+        "out_channels": filters,
         "kernel_size": sizes[2:],
         "stride": _triple(arguments["stride"]),
         "padding": _padding(arguments["padding"], sizes[2:], _triple(arguments["dilation"])),
@@ -282,10 +291,19 @@ def _node(
         "dtype": _DTYPES[weight["dtype"]],
         "device": torch.device(kind, index),
     }
-    steps = zip(batched[2:], *(options[key] for key in ("kernel_size", "stride", "padding", "dilation")))
-    if any(s < 1 or d < 1 or size + 2 * p <= d * (k - 1) for size, k, s, p, d in steps):
+    kernel, stride, padding, dilation = (
+        options[key] for key in ("kernel_size", "stride", "padding", "dilation")
+    )
+    size: Sequence[int] = batched[2:]
+    if transposed:  # the convolution's input is what comes out
+        more = options["output_padding"] = _triple(arguments["output_padding"])
+        size = transposed_size(size, kernel, stride, padding, dilation, more)
+    if any(
+        s < 1 or d < 1 or n + 2 * p <= d * (k - 1)
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation)
+    ):
         raise ValueError(f"a convolution of {shape} by {sizes}")
-    return Node(name, data, options, batched, "channels_last_3d" if last else "contiguous")
+    return Node(name, data, options, transposed, batched, "channels_last_3d" if last else "contiguous")
 
 
 def _sizes(tensor: dict[str, Any]) -> tuple[int, ...]:
@@ -331,10 +349,12 @@ def _name(data: dict[str, Any], taken: list[str]) -> str:
 
 
 def _inputs(node: Node) -> list[dict[str, Any]]:
-    """The arguments of our operator; ``tune`` and ``cache`` keep their defaults."""
-    given = {**_DEFAULTS, **{item["name"]: item["arg"] for item in node.data["inputs"]}}
+    """The arguments of our operator, in its order; ``tune`` and ``cache`` keep their defaults."""
+    given = _arguments(node.data) | {"tune": {"as_string": "cached"}, "cache": {"as_string": ""}}
     given["padding"] = {"as_ints": list(node.arguments["padding"])}
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
+    if node.transposed:
+        names += ["tune", "cache", "transposed", "output_padding"]
     return [{"name": name, "arg": given[name], "kind": 1} for name in names]
 
 
