@@ -30,12 +30,10 @@ def interpret(nest: Nest, arrays: Mapping[str, Floats], batch: int = 1) -> Float
 
     arrays: every operand, in the shape that the comprehension gives it (`batch` for the batch).
     """
-    images, batch = batch, nest.batch_steps(batch)
     counts = [batch if loop.count is None else loop.count for loop in nest.loops]
     shapes = {t.name: [batch if e is None else e for e in t.shape] for t in nest.tensors}
-    # A schedule may look at one dimension of a tensor as two, and the last block of images may not be whole.
-    missing = batch * nest.images - images
-    arrays = {name: _more(nest, name, arrays[name], missing).reshape(shapes[name]) for name in nest.operands}
+    # A schedule may look at one dimension of a tensor as two.
+    arrays = {name: arrays[name].reshape(shapes[name]) for name in nest.operands}
     result = np.zeros(shapes[nest.output.tensor])
     buffers = {s.tensor: make_buffer(nest, s) for s in nest.stages}
     for env in _iterations(counts):
@@ -66,15 +64,6 @@ def interpret(nest: Nest, arrays: Mapping[str, Floats], batch: int = 1) -> Float
     for expr in nest.pointwise:
         result = evaluate(expr, result)
     return result
-
-
-def _more(nest: Nest, name: str, array: Floats, images: int) -> Floats:
-    """An operand with so many images of zeros behind those of the batch."""
-    shape = nest.tensor(name).shape
-    if not images or None not in shape:
-        return array
-    place = shape.index(None)
-    return np.pad(array, [(0, images * (dim == place)) for dim in range(array.ndim)])
 
 
 def _iterations(counts: list[int]) -> Iterator[dict[str, Ints]]:

@@ -69,9 +69,7 @@ class Kernel:
         if self._partial_counts is None:
             self.launch(operands, out, batch)
             return
-        parts = math.prod(
-            -(-batch // self._images) if count is None else count for count in self._partial_counts
-        )
+        parts = math.prod(batch if count is None else count for count in self._partial_counts)
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         if parts == 1 and out.dtype == dtype:
             self.launch(operands, out, batch)
@@ -91,20 +89,16 @@ class Kernel:
         return len(self.nest.operands)
 
     @functools.cached_property
-    def _images(self) -> int:
-        return self.nest.images
-
-    @functools.cached_property
     def _partial_counts(self) -> tuple[int | None, ...] | None:
         """The counts of the grid's reduction loops, None without any."""
         return tuple(self.nest.loops[i].count for i in self.nest.partial_loops) or None
 
     @functools.cached_property
     def _batch_source(self) -> tuple[int, int] | None:
-        """The tensor that tells the batch, and how many elements an image has in it."""
+        """The tensor that tells the run-time extent, and how many elements it has for each step of it."""
         for place, tensor in enumerate(self.nest.tensors):
             if None in tensor.shape:
-                return place, math.prod(e for e in tensor.shape if e is not None) // self._images
+                return place, math.prod(e for e in tensor.shape if e is not None)
         return None
 
 

@@ -51,9 +51,8 @@ class _Operands:
     made: int
 
 
-def cost(nest: Nest, warps: int, stages: int, batch: int = 8) -> float:
+def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
     """Estimated seconds of a scheduled matrix product, run by programs of so many warps."""
-    batch = nest.batch_steps(batch)
     counts = [loop.count or batch for loop in nest.loops]
     programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
     runs = math.prod(counts[: nest.tile_start]) // programs

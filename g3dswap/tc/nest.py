@@ -6,8 +6,7 @@ The whole grammar::
                 output += addend + ...                    the epilogue, once the reductions are done:
                 output = pointwise                        sums first, then functions of the result alone
                 with axes, fused axes, loops, stages
-    axis    ::= name in [0, extent), parallel or reduce   extent None: the batch, known at run time, or blocks
-                of images, each with an inner axis; the last block may have fewer images than that
+    axis    ::= name in [0, extent), parallel or reduce   extent None: the batch, known at run time
     fused   ::= name = (axis, ...)                        row-major flattening; inner extents may be padded
                 a part may have unrolled digits of its own: the flat index then counts blocks of that part
     access  ::= tensor(index, ...) [axis == axis]...      ties: zero where the two axes of one differ, or,
@@ -48,8 +47,6 @@ class Axis:
     name: str
     extent: int | None
     reduce: bool = False
-    inner: str = ""
-    """Of a batch axis that counts blocks: the axis of the images in a block."""
 
 
 @dataclass(frozen=True)
@@ -188,15 +185,6 @@ class Nest:
         fused = self.fused_axis(name)
         return self.axis(fused.parts[0] if fused else name).reduce
 
-    @property
-    def images(self) -> int:
-        """How many images of the batch one step of its axis stands for."""
-        return next((self.axis(a.inner).extent or 1 for a in self.axes if a.inner), 1)
-
-    def batch_steps(self, batch: int) -> int:
-        """How many steps the axis of the batch has for a batch size."""
-        return -(-batch // self.images)
-
     def block(self, part: str) -> int:
         """How many values of a part one step of its fused axis stands for: the part's own digits."""
         return math.prod(loop.count or 1 for loop in self.loops if loop.axis == part)
@@ -254,7 +242,6 @@ class Nest:
             lines.append(f"  tensor {t.name}: {t.dtype} {shape} strides {t.strides}")
         for a in self.axes:
             extent = "batch" if a.extent is None else str(a.extent)
-            extent += f" / {a.inner}" if a.inner else ""
             lines.append(f"  axis {a.name} in [0, {extent}) {'reduce' if a.reduce else 'parallel'}")
         for f in self.fused:
             lines.append(f"  fused {f.name} = ({', '.join(f'{p}:{e}' for p, e in zip(f.parts, f.extents))})")

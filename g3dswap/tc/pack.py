@@ -9,9 +9,6 @@ is read at steps gj of its own::
 Now gj*c is a depth of p times the channels and gi*f a side of p times the filters, at the price of p times
 the multiplications.  Where c is a parallel axis (a gradient in K), so is gj: all pairs of steps are
 multiplied, and the tie says which of them are results.
-
-The batch of the images, over which a gradient in K sums, is packed without a copy: n then counts blocks and
-ni the images of one, so that the positions of several small images are one long depth.
 """
 
 from __future__ import annotations
@@ -39,10 +36,7 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
 
     ScheduleError: it is no batch axis of a product of two, or `count` does not divide it.
     """
-    known = ("axis", axis) in nest._by_name
-    if known and nest.axis(axis).extent is None and count > 1:
-        return _blocked(nest, nest.axis(axis), count)
-    extent = nest.axis(axis).extent if known else None
+    extent = nest.axis(axis).extent if ("axis", axis) in nest._by_name else None
     if extent is None or count < 2 or extent % count:
         raise ScheduleError(f"{axis} of {nest.name} cannot be packed by {count}, which must divide it.")
     if len(nest.factors) != 2 or any(axis not in a.axes for a in (*nest.factors, nest.output)):
@@ -82,24 +76,6 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
     return verify(changed.unscheduled())
 
 
-def _blocked(nest: Nest, axis: Axis, count: int) -> Nest:
-    """The unscheduled nest with blocks of images, over which it sums."""
-    alone = all(any(i.is_axis(axis.name) for i in f.indices) for f in nest.factors)
-    if not axis.reduce or axis.inner or not alone:
-        raise ScheduleError(f"{nest.name} does not sum over {axis.name}, whose steps cannot be packed then.")
-    blocks = Axis(axis.name, None, True, inner_name(axis.name))
-    inner = Axis(inner_name(axis.name), count, True)
-    accesses = {a.tensor: a for a in nest.accesses}
-    changed = replace(
-        nest,
-        tensors=tuple(_split_tensor(t, accesses[t.name], axis.name, count) for t in nest.tensors),
-        axes=tuple(x for own in nest.axes for x in ((blocks, inner) if own is axis else (own,))),
-        factors=tuple(_split(f, axis.name) for f in nest.factors),
-        _by_name={},
-    )
-    return verify(changed.unscheduled())
-
-
 def image_of(nest: Nest) -> int:
     """Which factor is read at shifted positions: the first such, or the first of all if none is."""
     shifted = (any(len(i.terms) > 1 or i.divisor > 1 for i in f.indices) for f in nest.factors)
@@ -133,8 +109,8 @@ def _split_tensor(tensor: Tensor, access: Access, axis: str, count: int) -> Tens
     shape: list[int | None] = []
     strides: list[int] = []
     for index, extent, stride in zip(access.indices, tensor.shape, tensor.strides):
-        if index.is_axis(axis):
-            shape += [None if extent is None else extent // count, count]
+        if index.is_axis(axis) and extent is not None:
+            shape += [extent // count, count]
             strides += [stride * count, stride]
         else:
             shape.append(extent)

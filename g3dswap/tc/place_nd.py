@@ -30,22 +30,9 @@ class Quotient:
 
 
 @dataclass(frozen=True)
-class Images:
-    """`value < batch - block * step`: the last block of images may have fewer than the others.
-
-    step: the variable that counts blocks.
-    """
-
-    value: Linear
-    step: str
-    block: int
-
-
-@dataclass(frozen=True)
 class Spot:
     """tensor[address]; outside its guards, or where a numerator of `exact` does not divide, it is zero.
 
-    images: a guard that the batch decides.
     run: the index of the one dimension whose elements are consecutive in memory, and its extent.
     """
 
@@ -54,7 +41,6 @@ class Spot:
     guards: tuple[Guard, ...]
     exact: tuple[tuple[Linear, int], ...]
     run: Guard | None = None
-    images: Images | None = None
 
     def __hash__(self) -> int:
         return self._hash
@@ -162,20 +148,12 @@ class Spotter:
                 return None
         run = runs[0] if len(runs) == 1 else None
         address = self._joined(Linear.of(offset, terms))
-        images = self._images(access, env)
-        return Spot(access.tensor, address, tuple(guards), tuple(exact), run, images)
+        return Spot(access.tensor, address, tuple(guards), tuple(exact), run)
 
     def span(self, tensor_name: str) -> int:
-        """How far apart two elements of one image, or one block of images, can lie."""
+        """How far apart two elements of one image can lie."""
         tensor = self.nest.tensor(tensor_name)
         return sum((e - 1) * s for e, s in zip(tensor.shape, tensor.strides) if e is not None)
-
-    def _images(self, access: Access, env: Env) -> Images | None:
-        for axis in self.nest.axes:
-            if axis.inner and axis.name in access.axes:
-                ((step, _),) = digits(self.nest, axis.name).terms
-                return Images(self._axis(axis.inner, env), step, self.nest.images)
-        return None
 
     def _guard(self, value: Linear, extent: int, guards: dict[Guard, None]) -> bool:
         """Add a guard if one is needed; whether the value is ever inside."""

@@ -139,12 +139,8 @@ class _Printer:
             self.text.variable("partial", partial)
 
     def count(self, i: int) -> str:
-        count, images = self.nest.loops[i].count, self.nest.images
-        if count is not None:
-            return str(count)
-        # No sum that a batch near the largest integer would make overflow.
-        whole = f"batch // {images} + (batch % {images} > 0)"
-        return "batch" if images == 1 else self.text.variable("blocks", whole)
+        count = self.nest.loops[i].count
+        return "batch" if count is None else str(count)
 
     def level(self, i: int, env: Env) -> None:
         nest = self.nest
@@ -156,20 +152,10 @@ class _Printer:
             for value in range(nest.loops[i].count or 1):
                 self.level(i + 1, {**env, f"v{i}": value})
         else:
-            self.loop(i, env)
+            with self.text.block(f"for {self.write.names[f'v{i}']} in range({self.count(i)}):"):
+                self.level(i + 1, env)
         if i == nest.accumulate_from:
             self.store(env)
-
-    def loop(self, i: int, env: Env) -> None:
-        name, images = self.write.names[f"v{i}"], self.nest.images
-        if self.nest.loops[i].count is not None or images == 1:
-            with self.text.block(f"for {name} in range({self.count(i)}):"):
-                self.level(i + 1, env)
-            return
-        first = self.text.fresh("first")  # of a block
-        with self.text.block(f"for {first} in range(0, batch, {images}):"):
-            self.text.emit(f"{name} = {first} // {images}")
-            self.level(i + 1, env)
 
     # The register tile
 

@@ -98,10 +98,10 @@ def _programs(nest: Nest) -> Callable[[int], int]:
     """The number of programs for a batch size."""
     counts = [p.count for p in nest.loops if p.bind == "grid"]
     steps = math.prod(c for c in counts if c is not None)
-    batched, images = None in counts, nest.images
+    batched = None in counts
 
     def programs(batch: int) -> int:
-        number = steps * -(-batch // images) if batched else steps
+        number = steps * batch if batched else steps
         if number > MAX_PROGRAMS or batch > MAX_PROGRAMS:
             raise ScheduleError(
                 f"{nest.name} on a batch of {batch} needs {number} programs, but a grid has at most "

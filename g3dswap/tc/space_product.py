@@ -29,7 +29,6 @@ MAX_REGISTERS = 128
 
 LEAST, MOST = 16, 64  # channels of a side
 POSITIONS = (32, 64, 128, 256)
-IMAGES = (2, 4, 8)
 TYPICAL = 16 * 16 * 128
 """Multiplications of the products by which tiles are compared."""
 WINDOWS = (1, 2, 4, 8)
@@ -200,8 +199,7 @@ def families(nest: Nest) -> Iterator[tuple[list[Product], list[Product]]]:
     """For each packing and choice of positions: every tile once, and all products."""
     if not possible(nest):
         return
-    of_groups = packings(nest)
-    for packs in (*of_groups, *(more for own in of_groups for more in _blocks_of_images(nest, own))):
+    for packs in packings(nest):
         try:
             whole = packed_by(nest, packs)
         except ScheduleError:
@@ -215,22 +213,10 @@ def families(nest: Nest) -> Iterator[tuple[list[Product], list[Product]]]:
             yield list(({p.tile: p for p in reversed(products)} | small).values()), products
 
 
-def _blocks_of_images(nest: Nest, packs: Packs) -> Iterator[Packs]:
-    """The same with as many images side by side as make one step of the depth, if those are several."""
-    roles = _roles(nest)
-    for axis in nest.axes:
-        if axis.extent is None and axis.reduce and not roles.along:
-            image = math.prod(nest.extent(a) or 1 for a in roles.positions)
-            most = [count for count in IMAGES if count * image <= 2 * POSITIONS[-1]]
-            if most:
-                yield tuple(sorted((*packs, (axis.name, most[-1]))))
-
-
 def _runs(nest: Nest, axes: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The last one, two or more axes that are longer than one step; with blocks of images, all of them."""
+    """The last one, two or three axes that are longer than one step."""
     long = [a for a in axes if (nest.extent(a) or 1) > 1] or list(axes[-1:])
-    runs = [tuple(long[start:]) for start in range(len(long))]
-    return runs[:1] if nest.images > 1 else runs
+    return [tuple(long[start:]) for start in range(len(long))]
 
 
 def _products(nest: Nest, roles: _Roles, packs: Packs, positions: tuple[str, ...]) -> Iterator[Product]:

@@ -205,7 +205,7 @@ def splits(nest: Nest, lanes: Lanes, tile: Tile) -> list[Split]:
 def steps_outside(
     nest: Nest, own: Mapping[str, tuple[tuple[str, ...], int]], counts: Mapping[str, int]
 ) -> dict[str, int]:
-    """How many steps each axis, flattened or not, has outside of a program's tile; the batch is `BATCH`.
+    """How many steps each axis, flattened or not, has outside of a program's tile; of the batch, `BATCH`.
 
     own: by name, the axes that the tile runs along and its steps there; counts: what is unrolled.
     """
@@ -213,7 +213,7 @@ def steps_outside(
     found = {}
     for name in [*own, *(a.name for a in nest.axes if a.name not in parts)]:
         axes, width = own.get(name, ((name,), 1))
-        extents = [-(-(nest.extent(a) or nest.batch_steps(BATCH)) // counts.get(a, 1)) for a in axes]
+        extents = [-(-(nest.extent(a) or BATCH) // counts.get(a, 1)) for a in axes]
         found[name] = -(-math.prod(extents) // width)
     return found
 

@@ -13,7 +13,7 @@ from .place_nd import Spot, Spotter
 from .scopes import Scopes
 
 INT32_MAX = 2**31 - 1
-RESERVED = (*keyword.kwlist, "tl", "triton", "range", "kernel", "batch", "blocks", "pid", "partial")
+RESERVED = (*keyword.kwlist, "tl", "triton", "range", "kernel", "batch", "pid", "partial")
 
 
 def parts(nest: Nest, axis: str) -> frozenset[str]:
@@ -152,13 +152,6 @@ class Expressions:
             reach |= self.reach(rest)
             text = f"{self.named(rest, role)} % {divisor} == 0"
             conditions.append((self.level(rest), self.text.define("m", text, self.level(rest))))
-        if spot.images is not None:
-            value = spot.images.value
-            reach |= self.reach(value)
-            level = max(self.level(value), self.levels.get(spot.images.step, 0))
-            left = f"batch - {self.names[spot.images.step]} * {spot.images.block}"
-            left = self.text.define("e", left, self.levels.get(spot.images.step, 0))
-            conditions.append((level, self.text.define("m", f"{self.named(value, role)} < {left}", level)))
         mask = ""
         for level, name in sorted(conditions, key=lambda c: c[0]):
             mask = self.text.define("m", f"{mask} & {name}", level) if mask else name

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from g3dswap.comprehensions import nest as make_nest
 from g3dswap.errors import NestError, ScheduleError
@@ -20,7 +19,7 @@ from g3dswap.tc.nest import Access, Index, Nest, verify
 from g3dswap.tc.pack import packed
 from g3dswap.tc.parser import parse
 from g3dswap.tc.print_cpp import print_cpp
-from g3dswap.tc.schedule import Digit, Schedule, apply, packed_by
+from g3dswap.tc.schedule import Digit, Schedule, apply
 from tests.geometries import Case, arrays, cases, expected, operands
 from tests.profiles import examples
 
@@ -31,50 +30,18 @@ def of(direction: str = "forward", **more: bool) -> Nest:
     return make_nest(Problem(direction, GEOMETRY, **more))  # type: ignore[arg-type]
 
 
-def check(case: Case, *pack: tuple[str, int]) -> None:
-    nest = make_nest(case.problem)
-    tensors, _ = operands(case)
-    want = expected(case, tensors).numpy()
-    got = interpret(packed_by(nest, pack), arrays(nest, tensors, case.batch), case.batch)
-    scale = max(1.0, np.abs(want).max(initial=0.0))
-    np.testing.assert_allclose(got.reshape(want.shape), want, rtol=0, atol=1e-10 * scale)
-
-
-def divisor(groups: int) -> int:
-    return next((c for c in (2, 3, 5, 17) if groups % c == 0), 1)
-
-
 @settings(max_examples=examples(100))
 @given(cases(longest=6, dtypes=(torch.float64,)))
 def test_a_packed_nest_agrees_with_float64(case: Case) -> None:
-    count = divisor(case.problem.geometry.groups)
+    nest = make_nest(case.problem)
+    groups = case.problem.geometry.groups
+    count = next((c for c in (2, 3, 5, 17) if groups % c == 0), 1)
     assume(count > 1)
-    check(case, ("g", count))
-
-
-@settings(max_examples=examples(100))
-@given(cases(longest=6, dtypes=(torch.float64,)), st.integers(2, 5))
-def test_blocks_of_images_agree_with_float64(case: Case, images: int) -> None:
-    """Whole blocks and others, the groups packed too where they can be."""
-    case = replace(case, problem=replace(case.problem, direction="grad_weight", bias=False, activation=""))
-    count = divisor(case.problem.geometry.groups)
-    check(case, *[("g", count)] * (count > 1), ("n", images))
-
-
-def test_a_block_of_images_is_a_dimension_of_its_own() -> None:
-    nest = packed(of("grad_weight"), "n", 4)
-    assert [(a.name, a.extent, a.inner) for a in nest.axes if a.name[0] == "n"] == [
-        ("n", None, "ni"),
-        ("ni", 4, ""),
-    ]
-    assert nest.tensor("I").shape == (None, 4, 6, 2, 3, 4, 5)
-    assert nest.tensor("I").strides[:2] == (2880, 720)
-    assert (nest.images, nest.batch_steps(8), nest.batch_steps(9), nest.batch_steps(0)) == (4, 2, 3, 0)
-    assert "axis n in [0, batch / ni) reduce" in str(nest)
-    with pytest.raises(ScheduleError, match="does not sum over n"):
-        packed(nest, "n", 2)
-    with pytest.raises(ScheduleError, match="C\\+\\+ has no blocks of images, but here are 4"):
-        print_cpp(nest)
+    tensors, _ = operands(case)
+    want = expected(case, tensors).numpy()
+    got = interpret(packed(nest, "g", count), arrays(nest, tensors, case.batch), case.batch)
+    scale = max(1.0, np.abs(want).max(initial=0.0))
+    np.testing.assert_allclose(got.reshape(want.shape), want, rtol=0, atol=1e-10 * scale)
 
 
 def test_packing_splits_the_batch_axis_and_copies_its_steps() -> None:
@@ -124,8 +91,7 @@ def test_a_batched_matrix_product_can_be_packed() -> None:
     [
         ("g", 4, "g of forward cannot be packed by 4, which must divide it"),
         ("g", 1, "cannot be packed by 1"),
-        ("n", 1, "n of forward cannot be packed"),
-        ("n", 2, "forward does not sum over n, whose steps cannot be packed then"),
+        ("n", 2, "n of forward cannot be packed"),
         ("x", 2, "x of forward cannot be packed"),
         ("c", 2, "c does not index two factors and the output of forward"),
         ("t", 3, "t does not index two factors"),

@@ -20,8 +20,9 @@ from g3dswap.problem import ACTIVATIONS, Geometry, Problem
 from g3dswap.tc.interpret import interpret
 from g3dswap.tc.kernel import build
 from g3dswap.tc.nest import Nest
+from g3dswap.tc.pack import packed
 from g3dswap.tc.print_triton import print_triton
-from g3dswap.tc.schedule import Digit, Schedule, apply, fused_name, packed_by, serial
+from g3dswap.tc.schedule import Digit, Schedule, apply, fused_name, serial
 from tests.conftest import Golden
 from tests.profiles import examples
 
@@ -48,12 +49,11 @@ def schedule_of(text: str, **hints: int) -> Schedule:
 def random_schedule(nest: Nest, rng: random.Random) -> Schedule:
     """Any legal schedule: fused axes, orders, binds and counts that nobody would choose."""
     groups = nest.axis("g").extent or 1
-    packs = [("g", c) for c in (2, 3, 4) if groups % c == 0]
-    images = [("n", c) for c in (2, 3, 4) if nest.axis("n").reduce]
+    packs = [(("g", c),) for c in (2, 3, 4) if groups % c == 0]
     for _ in range(1000):
         dot = rng.random() < 0.15 and getattr(torch, nest.tensors[0].dtype) in PRODUCTS
-        pack = tuple(rng.choice(some) for some in (packs, images) if some and rng.random() < 0.3)
-        whole = packed_by(nest, pack)
+        pack = rng.choice(packs) if packs and rng.random() < 0.3 else ()
+        whole = packed(nest, *pack[0]) if pack else nest
         schedule = _dot_schedule(whole, rng) if dot else _any_schedule(whole, rng)
         schedule = replace(schedule, pack=pack)
         try:
