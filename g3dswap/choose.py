@@ -294,7 +294,7 @@ class Chooser:
         return self._guesses[problem]
 
     def _decide(self, problem: Problem, batch: int, label: str) -> _Decision:
-        target, tried = kernel.target_of(problem.device), []
+        tried: list[Record] = []
         try:
             for stored in self._usable(problem):
                 choice = self._verdict(problem, stored, batch)
@@ -306,7 +306,7 @@ class Chooser:
                     return self._decision(choice, stored.effort)
                 tried.append(stored.record)
             if EFFORTS[self.tune] and not self.interrupted:
-                kernel.require(target)
+                kernel.require(kernel.target_of(problem.device))
                 try:
                     return self._decision(self._tuned(problem, batch, label, tried), EFFORTS[self.tune])
                 except KeyboardInterrupt:  # before there was anything to keep
@@ -422,8 +422,10 @@ class Chooser:
         except ScheduleError as error:
             warn(f"default {problem}", f"PyTorch's own kernel runs {problem}: {error}")
             return None
-        found = schedule and self._checked(problem, schedule.to_json(), None, "default")
-        if not schedule or not found:
+        if schedule is None:
+            return None
+        found = self._checked(problem, schedule.to_json(), None, "default")
+        if found is None:
             return None
         return Choice(problem, "default", "not timed", schedule=schedule.to_json(), candidate=found)
 

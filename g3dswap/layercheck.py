@@ -44,7 +44,11 @@ def check_layer(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=meeting.dtype)
 
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False), native.unsearched():
+    with (
+        torch.inference_mode(False),
+        torch.autocast(device.type, enabled=False),
+        native.searching(False),
+    ):
         weight = torch.empty_like(conv.weight, dtype=meeting.dtype, device=device)
         weight.data.copy_(normal(*conv.weight.shape))
         bias = None if conv.bias is None else normal(*conv.bias.shape)

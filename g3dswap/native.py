@@ -120,7 +120,7 @@ def reference(problem: Problem, *tensors: Tensor | None) -> Tensor:
     PyTorch's float64 kernels are the plain ones (unfold and matrix product on a CPU); the tests hold
     them to an independent implementation.
     """
-    with unsearched():
+    with searching(False):
         return _compute(problem, [None if x is None else x.detach().double().contiguous() for x in tensors])
 
 
@@ -168,10 +168,11 @@ def random_operands(
 
 
 @contextlib.contextmanager
-def unsearched() -> Iterator[None]:
-    """Without cuDNN's search for its fastest kernels, which takes longer than what runs only once."""
+def searching(wanted: bool) -> Iterator[None]:
+    """With cuDNN's search for its fastest kernels, or without: it takes longer than what runs only once."""
+    # Not through torch.backends, which refuses once somebody has called disable_global_flags.
     before = _C._get_cudnn_benchmark()
-    _C._set_cudnn_benchmark(False)
+    _C._set_cudnn_benchmark(wanted)
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ What they do with real tensors is in ``execute``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,19 +112,23 @@ def call(
     kind = "cuda" if input.is_cuda else "cpu"
     if not torch.is_autocast_enabled(kind):
         return _eager(input, weight, bias, conf, activation)
-    cast = _cast(kind)
-    operands = cast(input), cast(weight), None if bias is None else cast(bias)
+    input, weight, bias = _cast(kind, input, weight, bias)
     with _C._ExcludeDispatchKeyGuard(_AUTOCAST[kind]):
-        return _eager(*operands, conf, activation)
+        return _eager(input, weight, bias, conf, activation)
 
 
 def _eager(input: Tensor, weight: Tensor, bias: Tensor | None, conf: Any, activation: str) -> Tensor:
     """What the dispatcher would call after autocast."""
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if _recorded(input, weight, bias):
         return native.activate(activation, _Conv3d.apply(input, weight, bias, None, conf))
     return execute.conv3d(input, weight, bias, *conf, activation)
+
+
+def _recorded(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd is to know of a call on these."""
+    return torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
 
 
 def _unobserved(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -265,9 +268,7 @@ def _conv3d_autograd(
         or _C._are_functorch_transforms_active()
     ):
         return execute.pytorch(input, weight, bias, conf, activation)
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if _recorded(input, weight, bias):
         return native.activate(activation, _Conv3d.apply(input, weight, bias, keyset, conf))
     return _below(keyset, execute.conv3d, _FORWARD, input, weight, bias, *conf, activation)
 
@@ -305,8 +306,10 @@ _AUTOCAST = {
 }
 
 
-def _cast(device: str) -> Callable[[Tensor], Tensor]:
-    """What autocast does with an operand of a convolution."""
+def _cast(
+    device: str, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast makes of the operands of a convolution."""
     dtype = torch.get_autocast_dtype(device)
 
     def cast(x: Tensor) -> Tensor:
@@ -315,14 +318,14 @@ def _cast(device: str) -> Callable[[Tensor], Tensor]:
         eligible = x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device
         return x.to(dtype) if eligible else x
 
-    return cast
+    return cast(input), cast(weight), None if bias is None else cast(bias)
 
 
 def _autocast(device: str) -> Any:
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None = None, *conf: Any) -> Tensor:
-        cast = _cast(device)
+        operands = _cast(device, input, weight, bias)
         with _C._ExcludeDispatchKeyGuard(_AUTOCAST[device]):
-            return _FORWARD(cast(input), cast(weight), None if bias is None else cast(bias), *conf)
+            return _FORWARD(*operands, *conf)
 
     return kernel
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from g3dswap import native
 from g3dswap.bench.graphs import cache_bytes
 from g3dswap.errors import ArgumentError
 from g3dswap.problem import device_facts
@@ -108,14 +109,11 @@ def version(package: str) -> str | None:
 @contextlib.contextmanager
 def prepared(device: torch.device, threads: int) -> Iterator[None]:
     """The device, the threads (0: PyTorch's) and, on a GPU, cuDNN's search for its fastest kernels."""
-    before, search = torch.get_num_threads(), torch._C._get_cudnn_benchmark()
-    gpu = device.type == "cuda"
-    try:
+    before = torch.get_num_threads()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, before)
         torch.set_num_threads(threads or before)
-        # Not through torch.backends, which refuses once somebody has called disable_global_flags.
-        torch._C._set_cudnn_benchmark(gpu or search)
-        with torch.cuda.device(device) if gpu else contextlib.nullcontext():
-            yield
-    finally:
-        torch.set_num_threads(before)
-        torch._C._set_cudnn_benchmark(search)
+        if device.type == "cuda":
+            stack.enter_context(native.searching(True))
+            stack.enter_context(torch.cuda.device(device))
+        yield

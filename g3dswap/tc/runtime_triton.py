@@ -7,8 +7,6 @@ Triton's interpreter, slowly; this is how they are tested without a GPU.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +20,7 @@ from .children import first_line
 from .compile_triton import Job, compiled, dtype_pointers, import_kernel
 from .compile_triton import source as ast_source
 from .nest import Nest
-from .objects import digest, folder, intact, seal
+from .objects import digest, folder, intact, scratch
 from .schedule import Schedule
 from .words import ALIGNMENT
 
@@ -86,11 +84,8 @@ def _import(source: str) -> tuple[Any, Path]:
     require()
     path = folder() / f"{digest(source, version())}.py"
     if not intact(path):
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made = Path(scratch, path.name)
+        with scratch(path) as made:
             made.write_text(source, encoding="utf-8")
-            os.replace(made, path)
-        seal(path)
     return import_kernel(str(path)), path
 
 
