@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
@@ -76,6 +76,16 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("G3DSWAP_CACHE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """The process knows no choices, neither before this test nor after it."""
+    from g3dswap import choose  # not before `pytest_configure` has set the environment
+
+    choose.forget()
+    yield
+    choose.forget()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from g3dswap.tc.schedule import Digit, Schedule, serial
 from g3dswap.tc.timing import Timing
 from g3dswap.tc.trial import TunerConfig
 from g3dswap.workload import Candidate, PassWorkload
+
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 GEOMETRY = Geometry(4, 8, 4, (5, 6, 7), (3, 3, 3), padding=(1, 1, 1))
 PROBLEM = Problem("forward", GEOMETRY, bias=True)
@@ -115,13 +117,6 @@ class World:
         self.timed.append(number(candidate))
         self.on_time(self.timed[-1])
         return Timing(self.seconds.get(self.timed[-1], 2.0), 0.0, 3)
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    choose.forget()
-    yield
-    choose.forget()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,9 @@ from g3dswap.report import report
 from g3dswap.verify import verify
 from tests.training import Net
 
+pytestmark = pytest.mark.usefixtures("forgotten")
+
 X = torch.randn(2, 3, 4, 6, 5, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    choose.forget()
-    yield
-    choose.forget()
 
 
 def train(model: nn.Module) -> list[float]:

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,10 @@ from g3dswap.tc.nest import Nest
 from g3dswap.tc.schedule import Schedule
 from g3dswap.tc.space import Space
 
+pytestmark = pytest.mark.usefixtures("forgotten")
+
 PROBLEMS = [Problem("forward", Geometry(c, c, c, (3, 4, 5), (1, 1, 1))) for c in (2, 3, 4)]
 WANTED = [(problem, 1, "") for problem in PROBLEMS]
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    choose.forget()
-    yield
-    choose.forget()
 
 
 @pytest.fixture
