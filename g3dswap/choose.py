@@ -22,8 +22,8 @@ import torch
 
 from . import ranks
 from .choice import Choice, Record
-from .comprehensions import nest
 from .errors import ArgumentError, NoCompilerError, ScheduleError
+from .guessed import Guesses
 from .problem import Problem
 from .progress import Bar
 from .searched import search, tell_failures, tells_of_kernels
@@ -31,9 +31,8 @@ from .stored import EFFORTS, Options, Stored, key_of, said, warn
 from .tc import kernel
 from .tc.cache import Cache, default_directory
 from .tc.schedule import Schedule
-from .tc.space import Space
 from .tc.trial import TunerConfig, describe
-from .workload import Candidate, build, prepare, quick_check, race, tuning_batch
+from .workload import Candidate, attempt, prepare, race, tuning_batch
 
 CONFIGS = {"quick": TunerConfig.quick, "full": TunerConfig.full}
 MIN_SPEEDUP = 1.05
@@ -147,7 +146,7 @@ class Chooser:
             raise ArgumentError(f"min_speedup={min_speedup!r} must be a number of at least 0, say 1.05.")
         self.cache, self.tune, self.min_speedup = cache, tune, float(min_speedup)
         self.options = Options(cache)
-        self._guesses: dict[Problem, Schedule] = {}
+        self.guesses = Guesses()
         self.config = config
         self.interrupted = False
         self.counts: Counter[str] = Counter()
@@ -278,20 +277,15 @@ class Chooser:
             elif first := next(self._usable(problem), None):
                 data = None if self._against(first.record) else first.record.schedule
             else:
-                return self._guess(problem)
+                return next(self._guesses(problem), None)
             return None if data is None else Schedule.from_json(data)
         except (NoCompilerError, ScheduleError):
             return None
 
-    def _guess(self, problem: Problem) -> Schedule | None:
-        """The cost model's choice, only where the user wants no tuning. ScheduleError: there is none."""
-        if self.tune != "none" or self.interrupted:
-            return None
-        target = kernel.target_of(problem.device)
-        kernel.require(target)
-        if problem not in self._guesses:
-            self._guesses[problem] = Space(nest(problem), target, torch.get_num_threads()).default()
-        return self._guesses[problem]
+    def _guesses(self, problem: Problem) -> Iterator[Schedule]:
+        """The cost model's choices, only where the user wants no tuning. ScheduleError: there are none."""
+        if self.tune == "none" and not self.interrupted:
+            yield from self.guesses.of(problem)
 
     def _decide(self, problem: Problem, batch: int, label: str) -> _Decision:
         tried: list[Record] = []
@@ -370,18 +364,10 @@ class Chooser:
         self, problem: Problem, schedule: dict[str, Any], bound: float | None, whose: str
     ) -> Candidate | None:
         """A stored schedule, built and checked in this process; None, said once, if either fails."""
-        try:
-            candidate = build(problem, Schedule.from_json(schedule), BUILD_SECONDS)
-            check = quick_check(candidate, bound)
-            why = "" if check.passed else f"its error {check.error:.3g} exceeds {check.bound:.3g}"
-        except NoCompilerError:
-            raise
-        except Exception as error:
-            why = describe(error)
-        if not why:
-            return candidate
-        self._refuse(problem, whose, why)
-        return None
+        found, why = attempt(problem, schedule, bound, BUILD_SECONDS)
+        if found is None:
+            self._refuse(problem, whose, why)
+        return found
 
     def _refuse(self, problem: Problem, whose: str, why: str) -> None:
         warn(
@@ -416,18 +402,20 @@ class Chooser:
         return choice or native(problem, f"{what}, but its kernel fails here", record.native_seconds)
 
     def _default(self, problem: Problem) -> Choice | None:
-        """The default schedule, checked but not timed."""
+        """The first default schedule that passes its check, not timed."""
+        why = ""
         try:
-            schedule = self._guess(problem)
+            for guess in self._guesses(problem):
+                schedule = guess.to_json()
+                found, why = attempt(problem, schedule, None, BUILD_SECONDS)
+                if found:
+                    return Choice(problem, "default", "not timed", schedule=schedule, candidate=found)
         except ScheduleError as error:
             warn(f"default {problem}", f"PyTorch's own kernel runs {problem}: {error}")
             return None
-        if schedule is None:
-            return None
-        found = self._checked(problem, schedule.to_json(), None, "default")
-        if found is None:
-            return None
-        return Choice(problem, "default", "not timed", schedule=schedule.to_json(), candidate=found)
+        if why:
+            self._refuse(problem, "default", why)
+        return None
 
     def _untuned(self, problem: Problem) -> Choice:
         if self.interrupted:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import comprehensions, native
+from .errors import NoCompilerError
 from .problem import Problem
 from .tc import kernel, timing
 from .tc.builds import Builds, cores
@@ -25,7 +27,7 @@ from .tc.kernel import Kernel
 from .tc.schedule import Schedule
 from .tc.space import Space
 from .tc.timing import Timing
-from .tc.trial import Check
+from .tc.trial import Check, describe
 
 Operands = Sequence[Tensor | None]
 
@@ -166,6 +168,25 @@ def quick_check(candidate: Candidate, bound: float | None = None, seed: int = 1)
     candidate.into(out, operands)
     written = bool(torch.isfinite(out).all())
     return Check(native.error(sample.of(out), sample.reference) if written else float("inf"), bound)
+
+
+def attempt(
+    problem: Problem, schedule: Mapping[str, Any], bound: float | None, timeout: float
+) -> tuple[Candidate | None, str]:
+    """A kernel from the JSON of its schedule, built and checked here; or None, and what was wrong.
+
+    NoCompilerError: none can be built.
+    """
+    try:
+        candidate = build(problem, Schedule.from_json(schedule), timeout)
+        check = quick_check(candidate, bound)
+    except NoCompilerError:
+        raise
+    except Exception as error:
+        return None, describe(error)
+    if check.passed:
+        return candidate, ""
+    return None, f"its error {check.error:.3g} exceeds {check.bound:.3g}"
 
 
 def race(candidate: Candidate, batch: int) -> tuple[float, float]:

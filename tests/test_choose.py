@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from g3dswap import choose, native, ranks, workload
+from g3dswap import choose, guessed, native, ranks, workload
 from g3dswap.choice import Choice, Record
 from g3dswap.choose import Chooser
 from g3dswap.comprehensions import nest
@@ -122,10 +122,9 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     world = World()
-    monkeypatch.setattr(choose, "build", world.build)
     monkeypatch.setattr(workload, "build", world.build)
     monkeypatch.setattr(choose, "race", world.race)
-    monkeypatch.setattr(choose, "Space", FakeSpace)
+    monkeypatch.setattr(guessed, "Space", FakeSpace)
     monkeypatch.setattr(workload, "Space", FakeSpace)
     monkeypatch.setattr(PassWorkload, "time", lambda *args, **options: world.time(*args, **options))
     return world
@@ -397,6 +396,29 @@ def test_the_default_schedule_is_used_where_asked_for_and_right(world: World, ca
     world.scale[0] = 1.5
     with pytest.warns(G3DSwapWarning):
         assert chooser(cache, "none").choose(PROBLEM).is_native
+
+
+def test_where_tf32_is_not_exact_enough_the_default_does_without(
+    world: World, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Precise(FakeSpace):
+        def __init__(self, nest: Any, target: str, threads: int) -> None:
+            self.number = 0 if nest.precision == "tf32" else 4
+
+        def default(self) -> Schedule:
+            return schedule(self.number)
+
+    monkeypatch.setattr(guessed, "Space", Precise)
+    wide = replace(PROBLEM, precision="tf32")
+    assert chooser(cache, "none").choose(wide).schedule == schedule(0).to_json()
+    choose.forget()
+    world.scale[0] = 1.001
+    assert chooser(cache, "none").choose(wide).schedule == schedule(4).to_json() and world.built[-1] == 4
+    choose.forget()
+    world.scale[4] = 1.001
+    with pytest.warns(G3DSwapWarning) as said:
+        assert chooser(cache, "none").choose(wide).is_native
+    assert "is not used (its error 0.001 exceeds" in str(said[0].message)
 
 
 def test_a_default_does_not_serve_those_who_want_it_measured(world: World, cache: Cache) -> None:

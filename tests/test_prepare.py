@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import g3dswap
-from g3dswap import choose, comprehensions, workload
+from g3dswap import choose, comprehensions, guessed, workload
 from g3dswap.choice import Record
 from g3dswap.choose import Chooser
 from g3dswap.errors import CompileError, G3DSwapWarning, NoCompilerError
@@ -241,7 +241,7 @@ def test_guesses_of_the_model_are_prepared_where_nothing_is_to_be_tuned(
             made.append(self.nest)
             return super().default()
 
-    monkeypatch.setattr(choose, "Space", Counted)
+    monkeypatch.setattr(guessed, "Space", Counted)
     one = chooser(cache, "none")
     one.prepare(WANTED)
     assert sorted(compiler.channels) == [2, 3, 4] and len(made) == 3

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from g3dswap import choose, native, remote, trials
+from g3dswap import workload as passes
 from g3dswap.choose import Chooser
 from g3dswap.errors import CompileError, G3DSwapWarning, ProcessError, ScheduleError
 from g3dswap.problem import Geometry, Problem
@@ -227,14 +228,14 @@ def chooser(tmp_path: Path) -> Chooser:
 
 def test_a_winner_is_built_and_checked_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[Schedule] = []
-    real: Callable[..., object] = choose.quick_check
+    real: Callable[..., object] = passes.quick_check
 
-    def note(candidate: choose.Candidate, *arguments: object) -> object:
+    def note(candidate: passes.Candidate, *arguments: object) -> object:
         assert candidate.kernel
         checked.append(candidate.kernel.schedule)
         return real(candidate, *arguments)
 
-    monkeypatch.setattr(choose, "quick_check", note)
+    monkeypatch.setattr(passes, "quick_check", note)
     choice = chooser(tmp_path).choose(PROBLEM, 2)
     assert choice.source == "tuned" and choice.candidate and choice.candidate.kernel
     assert checked == [choice.candidate.kernel.schedule]
@@ -249,7 +250,7 @@ def test_a_winner_that_fails_here_is_not_used(tmp_path: Path, monkeypatch: pytes
     def refuse(*_: object) -> None:
         raise CompileError("not on this machine")
 
-    monkeypatch.setattr(choose, "build", refuse)
+    monkeypatch.setattr(passes, "build", refuse)
     with pytest.warns(G3DSwapWarning, match="tuned schedule .* is not used .*not on this machine"):
         choice = chooser(tmp_path).choose(PROBLEM, 2)
     assert choice.is_native and choice.reason.endswith("but its kernel fails here")

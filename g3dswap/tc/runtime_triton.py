@@ -52,7 +52,7 @@ def load(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Launch:
 
     NoCompilerError: no Triton or no GPU.  CompileError: the kernel does not compile, in time.
     """
-    kernel = _import(source)[0]
+    kernel = import_kernel(str(_written(source)))
     if not isinstance(kernel, triton.JITFunction):
         return _interpreted(kernel, _programs(nest))
     return _Launcher(nest, kernel, partial(_job, nest, schedule, source), timeout).launch
@@ -60,7 +60,10 @@ def load(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Launch:
 
 def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> None:
     """Compile a kernel for the current device, for a later `load` here or elsewhere; errors are the same."""
-    if isinstance(_import(source)[0], triton.JITFunction):
+    require()
+    if triton.knobs.runtime.interpret:
+        _written(source)
+    else:
         compiled(_job(nest, schedule, source), timeout)
 
 
@@ -76,17 +79,17 @@ def _job(nest: Nest, schedule: Schedule, source: str) -> Job:
         found = triton.runtime.driver.active.get_current_target()
     options = {"num_warps": schedule.hint("warps", 4), "num_stages": schedule.hint("stages", 2)}
     target = (found.backend, found.arch, found.warp_size)
-    return Job(str(_import(source)[1]), source, dtype_pointers(dtypes), target, options)
+    return Job(str(_written(source)), source, dtype_pointers(dtypes), target, options)
 
 
-def _import(source: str) -> tuple[Any, Path]:
-    """The kernel of a module that is written to, and read back from, the folder of compiled objects."""
+def _written(source: str) -> Path:
+    """The file of a printed module in the folder of compiled objects, where its kernel is imported from."""
     require()
     path = folder() / f"{digest(source, version())}.py"
     if not intact(path):
         with scratch(path) as made:
             made.write_text(source, encoding="utf-8")
-    return import_kernel(str(path)), path
+    return path
 
 
 def _programs(nest: Nest) -> Callable[[int], int]:
