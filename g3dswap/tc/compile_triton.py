@@ -7,6 +7,7 @@ is compiled stays in the folder of compiled objects: binary and metadata, each s
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -42,6 +43,7 @@ class Job:
     types:    of the kernel's arguments: pointers, aligned to 16 bytes, and at last the batch, any integer.
     target:   backend, architecture, lanes of a warp.
     options:  Triton's, such as num_warps.
+    single:   a thread has no more than one element of a tile, so that its threads need not be laid out.
     """
 
     path: str
@@ -49,13 +51,14 @@ class Job:
     types: tuple[str, ...]
     target: tuple[str, Any, int]
     options: dict[str, int]
+    single: bool = False
 
     @property
     def name(self) -> str:
         """The name of the compiled object."""
         assert triton is not None
         settings = triton._C.libtriton.get_cache_invalidating_env_vars()
-        rest = [self.types, self.target, self.options, settings]
+        rest = [self.types, self.target, self.options, self.single, settings]
         return digest(self.text, triton.__version__, json.dumps(rest, sort_keys=True))
 
 
@@ -167,9 +170,26 @@ def main(fd: int) -> None:
     serve(fd, _compile)
 
 
+@functools.cache
+def _coalesce() -> Any:
+    """Triton's own pass of that name."""
+    return triton._C.libtriton.passes.ttgpuir.add_coalesce
+
+
+def _lay_out(wanted: bool) -> None:
+    """Whether Triton looks for the layout in which a thread's elements lie side by side in memory.
+
+    The time of this pass grows with the square of the accesses: nine of the 10 s in which a large tile
+    compiles.  Where a thread has one element, the order of the lanes is the layout: nothing is to be found.
+    """
+    own = _coalesce()
+    triton._C.libtriton.passes.ttgpuir.add_coalesce = own if wanted else lambda manager: None
+
+
 def _compile(job: Message) -> Message:
     """Leave the kernel's binary and metadata in the folder `scratch`."""
     scratch = job["scratch"]
+    _lay_out(not job["single"])
     triton.knobs.cache.dir = scratch
     backend, arch, lanes = job["target"]
     target = triton.backends.compiler.GPUTarget(backend, arch, lanes)

@@ -79,7 +79,10 @@ def _job(nest: Nest, schedule: Schedule, source: str) -> Job:
         found = triton.runtime.driver.active.get_current_target()
     options = {"num_warps": schedule.hint("warps", 4), "num_stages": schedule.hint("stages", 2)}
     target = (found.backend, found.arch, found.warp_size)
-    return Job(str(_written(source)), source, dtype_pointers(dtypes), target, options)
+    lanes = math.prod(loop.count or 1 for loop in nest.loops if loop.bind == "lanes")
+    product = any(loop.bind == "depth" for loop in nest.loops)
+    single = not product and lanes <= options["num_warps"] * found.warp_size
+    return Job(str(_written(source)), source, dtype_pointers(dtypes), target, options, single)
 
 
 def _written(source: str) -> Path:

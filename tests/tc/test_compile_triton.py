@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from g3dswap import comprehensions
 from g3dswap.errors import CompileError, ProcessError
+from g3dswap.problem import Geometry, Problem
 from g3dswap.tc import compile_triton, objects
 from g3dswap.tc.compile_triton import Job, compiled, dtype_pointers
+from g3dswap.tc.kernel import show
+from g3dswap.tc.schedule import Schedule
 from g3dswap.tc.trial import COMPILE_ERROR, COMPILE_TIMEOUT, category
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -95,6 +99,28 @@ def test_what_triton_loads_is_what_it_would_have_compiled_itself() -> None:
     assert done.stdout.split() == ["90", "2", "0", "kernel"], done.stderr
 
 
+def test_layouts_that_need_no_search_are_those_that_it_finds() -> None:
+    """The tile of a depthwise layer, a lane to each thread: the same machine code, as often as one asks."""
+    geometry = Geometry(8, 8, 8, (4, 14, 14), (3, 3, 3), padding=(1, 1, 1))
+    digits = (
+        "n rest grid|g rest grid|f rest grid|t rest grid|h*w rest grid|c rest serial|kt rest serial"
+        "|kh rest serial|kw rest serial|kt 3 unroll|kh 3 unroll|kw 3 unroll|t 4 unroll|h*w 64 lanes"
+        "|w 2 unroll phase"
+    )
+    how = {"digits": digits.split("|"), "fuse": [["h", "w"]], "stage": [], "hints": {"warps": 2}}
+    nest = comprehensions.nest(Problem("forward", geometry, device="cuda"))
+    text = show(nest, Schedule.from_json(how), "triton")
+    path = objects.folder() / "layer.py"
+    path.write_text(text)
+    types = dtype_pointers(["float32"] * 3)
+    first = Job(str(path), text, types, ("cuda", 90, 32), {"num_warps": 2, "num_stages": 1})
+    codes = []
+    for number, single in enumerate((False, True, False, True)):
+        again = replace(first, single=single, types=(*types[:-1], "i64" if number > 1 else "i32"))
+        codes.append(Path(compiled(again, 60)["kernel.cubin"]).read_bytes())
+    assert codes[0] == codes[1] != codes[2] == codes[3]
+
+
 def test_nothing_is_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     files = compiled(job(), 60)
 
@@ -120,9 +146,10 @@ def test_whatever_the_binary_depends_on_is_in_its_name(monkeypatch: pytest.Monke
         job(warps=2),
         replace(base, types=dtype_pointers(["float32", "float32"])),
         replace(base, target=("cuda", 80, 32)),
+        replace(base, single=True),
     ]
     names = {base.name, *(other.name for other in others)}
-    assert len(names) == 5
+    assert len(names) == 6
     monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
     assert base.name not in names
 
