@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .model_triton import BANDWIDTH, CYCLES, LINE, PROCESSORS, REGISTERS, WARP, footprint, tile_terms
+from .model_triton import BANDWIDTH, CYCLES, LINE, PROCESSORS, REGISTERS, WARP, footprint, tile_of
 from .nest import Access, Loop, Nest
 from .triton_text import parts
 from .words import ITEM_BYTES
@@ -57,12 +57,12 @@ def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
     programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
     runs = math.prod(counts[: nest.tile_start]) // programs
     sides = {loop.bind: loop for loop in nest.loops if loop.bind in ("rows", "cols", "depth")}
-    alive, own = tile_terms(nest)
+    tile = tile_of(nest)
     size = ITEM_BYTES[nest.tensors[0].dtype]
-    uses = [_operands(nest, f, footprint(nest, f, alive, own).elements, sides, warps) for f in nest.factors]
+    uses = [_operands(nest, f, footprint(nest, f, tile).elements, sides, warps) for f in nest.factors]
     tiles, loads, trips = (sum(getattr(u, what) for u in uses) for what in ("tiles", "loads", "trips"))
     rows, cols, depth = (sides[bind].count or 1 for bind in ("rows", "cols", "depth"))
-    results = math.prod(p.count or 1 for p in own if not nest.is_reduce(p.axis))
+    results = math.prod(p.count or 1 for p in tile.own if not nest.is_reduce(p.axis))
     pipelined = stages > 2 and runs > 1
     made = sum(u.made for u in uses)
     shared = made * (stages - 1) if pipelined else min(made, 2 * sum(u.held for u in uses))
@@ -71,7 +71,7 @@ def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
     waves = max(1.0, programs / (PROCESSORS * max(1.0, resident)))
     chain = runs * (STEP[pipelined] + tiles * TILE + loads * LOAD)
     total = runs * programs / (min(PROCESSORS, programs) * CYCLES)
-    matrix = int(alive.sum()) * rows * cols * depth / MATRIX[size]
+    matrix = tile.terms * rows * cols * depth / MATRIX[size]
     partials = math.prod(counts[i] for i in nest.partial_loops) * (nest.partial_loops != ())
     out = math.prod(e or batch for e in nest.tensor(nest.output.tensor).shape)
     moved = sum(math.prod(e or batch for e in t.shape) for t in nest.tensors) * size + partials * out * 8

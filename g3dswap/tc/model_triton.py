@@ -9,13 +9,14 @@ those of an H100-class device.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .nest import VECTOR_BINDS, Access, Index, Loop, Nest
+from .nest import VECTOR_BINDS, Access, Axis, Index, Loop, Nest, Tensor
 from .triton_text import parts
 from .words import ITEM_BYTES, WORD_BYTES
 
@@ -31,6 +32,8 @@ REGISTERS = 65536
 LAUNCH = 3e-6
 WARP = 32
 PRIME = (1 << 31) - 1  # hashes of points are taken modulo this: two points rarely have the same
+MOST_TILES = 4096
+"""Tiles that are remembered: many schedules of a search have the same."""
 
 Values = NDArray[np.int64]
 
@@ -55,10 +58,10 @@ def cost(nest: Nest, warps: int = 4, batch: int = 4) -> float:
     runs = math.prod(counts[: nest.tile_start]) // programs
     lanes = _lanes(nest)
     each = max(1.0, math.prod(p.count or 1 for p in lanes) / (WARP * warps))  # elements of a thread
-    alive, own = tile_terms(nest)
-    terms = int(alive.sum())
-    factors = [footprint(nest, f, alive, own) for f in nest.factors]
-    accumulators = math.prod(p.count or 1 for p in own if not nest.is_reduce(p.axis))
+    tile = tile_of(nest)
+    terms = tile.terms
+    factors = [footprint(nest, f, tile) for f in nest.factors]
+    accumulators = math.prod(p.count or 1 for p in tile.own if not nest.is_reduce(p.axis))
     half = ITEM_BYTES[nest.tensors[0].dtype] < 4
     loads = sum(f.words for f in factors if f.vector)
     issued = terms * each + 1.5 * loads * each + sum(f.words for f in factors if not f.vector) + 12
@@ -95,37 +98,61 @@ def _lanes(nest: Nest) -> list[Loop]:
     return [loop for loop in nest.loops if loop.bind in VECTOR_BINDS]
 
 
-def tile_terms(nest: Nest) -> tuple[NDArray[np.bool_], list[Loop]]:
-    """Which terms of the unrolled tile do not vanish, and the loops that the array's dimensions are."""
-    own = [p for p in nest.loops[nest.tile_start :] if p.bind == "unroll"]
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """The unrolled loops of a register tile, and which of its terms do not vanish: a dimension a loop."""
+
+    own: tuple[Loop, ...]
+    alive: NDArray[np.bool_]
+
+    @functools.cached_property
+    def terms(self) -> int:
+        """How many do not vanish."""
+        return int(self.alive.sum())
+
+
+def tile_of(nest: Nest) -> Tile:
+    """The register tile of a scheduled nest."""
+    own = tuple(p for p in nest.loops[nest.tile_start :] if p.bind == "unroll")
+    indices = tuple(
+        (index, extent, index.divisor > 1 and not any(x % index.divisor for x in _steps(nest, index)))
+        for access in nest.factors
+        for index, extent in zip(access.indices, nest.tensor(access.tensor).shape)
+    )
+    return _tile(nest.axes, indices, own)
+
+
+@functools.lru_cache(maxsize=MOST_TILES)
+def _tile(
+    axes: tuple[Axis, ...], indices: tuple[tuple[Index, int | None, bool], ...], own: tuple[Loop, ...]
+) -> Tile:
+    """indices: of the factors, each with its extent and whether the tile alone decides if it divides."""
     alive = np.ones([p.count or 1 for p in own], bool)
-    for access in nest.factors:
-        for index, extent in zip(access.indices, nest.tensor(access.tensor).shape):
-            value = _values(index.terms, index.offset, own)
-            if index.divisor > 1 and not any(step % index.divisor for step in _steps(nest, index)):
-                alive = alive & (value % index.divisor == 0)
-            if extent is not None:
-                low, high = _outside(nest, index)
-                alive = alive & (value + high >= 0) & (value + low < extent * index.divisor)
-    return alive, own
+    for index, extent, decided in indices:
+        value = _values(index, own)
+        if decided:
+            alive = alive & (value % index.divisor == 0)
+        if extent is not None:
+            low, high = _outside(axes, index, own)
+            alive = alive & (value + high >= 0) & (value + low < extent * index.divisor)
+    return Tile(own, alive)
 
 
-def _outside(nest: Nest, index: Index) -> tuple[int, int]:
+def _outside(axes: tuple[Axis, ...], index: Index, own: tuple[Loop, ...]) -> tuple[int, int]:
     """The least and the most that the loops which the tile does not unroll add to an index's numerator."""
     low = high = 0
+    extents = {axis.name: axis.extent or 1 for axis in axes}
     for axis, coefficient in index.terms:
-        count = nest.axis(axis).extent or 1
-        unrolled = [p for p in nest.loops[nest.tile_start :] if p.bind == "unroll" and p.axis == axis]
-        step = math.prod(p.count or 1 for p in unrolled)
-        reach = coefficient * step * max(0, -(-count // step) - 1)
+        step = math.prod(p.count or 1 for p in own if p.axis == axis)
+        reach = coefficient * step * max(0, -(-extents[axis] // step) - 1)
         low, high = low + min(reach, 0), high + max(reach, 0)
     return low, high
 
 
-def _values(terms: tuple[tuple[str, int], ...], offset: int, own: list[Loop]) -> Values:
-    """The value of a linear index at each point of the tile, the outer loops at zero."""
-    value: Values = np.full([1] * len(own), offset, np.int64)
-    for axis, coefficient in terms:
+def _values(index: Index, own: tuple[Loop, ...]) -> Values:
+    """The numerator of an index at each point of the tile, the outer loops at zero."""
+    value: Values = np.full([1] * len(own), index.offset, np.int64)
+    for axis, coefficient in index.terms:
         for dim, loop in enumerate(own):
             if loop.axis == axis:
                 shape = [-1 if d == dim else 1 for d in range(len(own))]
@@ -133,23 +160,24 @@ def _values(terms: tuple[tuple[str, int], ...], offset: int, own: list[Loop]) ->
     return value
 
 
-def footprint(nest: Nest, access: Access, alive: NDArray[np.bool_], own: list[Loop]) -> Footprint:
-    """What the tile reads of a factor; `alive` and `own` are those of `tile_terms`."""
-    tensor = nest.tensor(access.tensor)
+def footprint(nest: Nest, access: Access, tile: Tile) -> Footprint:
+    """What the nest's tile reads of a factor."""
     width = _width(nest, access)
     vector = any(access.axes & parts(nest, p.axis) for p in _lanes(nest))
-    elements: Values = np.zeros(alive.shape, np.int64)
+    elements, words = _distinct(tile, access, nest.tensor(access.tensor), width)
+    return Footprint(elements, words, _step(nest, access) * width**0.5, vector)
+
+
+@functools.lru_cache(maxsize=2 * MOST_TILES)
+def _distinct(tile: Tile, access: Access, tensor: Tensor, width: int) -> tuple[int, int]:
+    """How many different elements, and words of so many, the tile reads."""
+    elements: Values = np.zeros(tile.alive.shape, np.int64)
     words = elements
     for index, extent, stride in zip(access.indices, tensor.shape, tensor.strides):
-        value = _values(index.terms, index.offset, own) // index.divisor + (1 << 12)
+        value = _values(index, tile.own) // index.divisor + (1 << 12)
         elements = (elements * 8191 + value) % PRIME
         words = (words * 8191 + (value // width if stride == 1 and extent != 1 else value)) % PRIME
-    return Footprint(
-        len(np.unique(elements[alive])),
-        len(np.unique(words[alive])),
-        _step(nest, access) * width**0.5,
-        vector,
-    )
+    return len(np.unique(elements[tile.alive])), len(np.unique(words[tile.alive]))
 
 
 def _width(nest: Nest, access: Access) -> int:

@@ -28,6 +28,7 @@ each axis.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,9 +87,9 @@ class Index:
     divisor: int = 1
 
     def coefficient(self, axis: str) -> int:
-        return dict(self.terms).get(axis, 0)
+        return next((c for name, c in self.terms if name == axis), 0)
 
-    @property
+    @functools.cached_property
     def axes(self) -> frozenset[str]:
         return frozenset(name for name, _ in self.terms)
 
@@ -111,7 +112,7 @@ class Access:
     indices: tuple[Index, ...]
     ties: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @functools.cached_property
     def axes(self) -> frozenset[str]:
         return frozenset().union(*(index.axes for index in self.indices), *self.ties)
 

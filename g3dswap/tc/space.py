@@ -6,8 +6,9 @@ import functools
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..errors import ArgumentError, ScheduleError
 from . import model_product, model_triton, space_cpp, space_product, space_triton
@@ -90,17 +91,19 @@ class Space:
 
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
         families = []
-        every: list[tuple[Sequence[Tiled], Sequence[Tiled]]]
+        every: list[tuple[Sequence[Tiled], Callable[[Container[Any]], Iterable[Tiled]]]]
         every = [*space_triton.families(self.nest), *space_product.families(self.nest)]
         for first, rest in every:
             compared = first[:: -(-len(first) // TILES)] if first else first
-            seen = {point: self.cost(point.schedule(self.nest)) for point in compared}
-            leaders = {point.tile for point in sorted(seen, key=lambda p: seen[p])[:LEADERS]}
-            for point in rest:
-                if point.tile in leaders and point not in seen:
-                    seen[point] = self.cost(point.schedule(self.nest))
-            families.append([(c, p.schedule(self.nest)) for p, c in seen.items() if c < math.inf])
+            seen = {point: self._costed(point) for point in compared}
+            leaders = {point.tile for point in sorted(seen, key=lambda p: seen[p][0])[:LEADERS]}
+            seen |= {point: self._costed(point) for point in rest(leaders) if point not in seen}
+            families.append([pair for pair in seen.values() if pair[0] < math.inf])
         return families
+
+    def _costed(self, point: Tiled) -> tuple[float, Schedule]:
+        schedule = point.schedule(self.nest)
+        return self.cost(schedule), schedule
 
     def default(self) -> Schedule:
         """The best schedule by the model that prints.  ScheduleError: there is none."""

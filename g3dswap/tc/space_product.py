@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ..errors import ScheduleError
 from .nest import Access, Nest
@@ -195,8 +196,8 @@ def packings(nest: Nest) -> list[Packs]:
     return found
 
 
-def families(nest: Nest) -> Iterator[tuple[list[Product], list[Product]]]:
-    """For each packing and choice of positions: every tile once, and all products."""
+def families(nest: Nest) -> Iterator[tuple[list[Product], Callable[[Container[Tile]], Iterator[Product]]]]:
+    """For each packing and choice of positions: every tile once, and all products of some tiles."""
     if not possible(nest):
         return
     for packs in packings(nest):
@@ -210,7 +211,12 @@ def families(nest: Nest) -> Iterator[tuple[list[Product], list[Product]]]:
         for positions in _runs(whole, roles.positions):
             products = list(_products(whole, roles, packs, positions))
             small = {p.tile: p for p in products if math.prod(n for _, n in p.sides.values()) <= TYPICAL}
-            yield list(({p.tile: p for p in reversed(products)} | small).values()), products
+            first = list(({p.tile: p for p in reversed(products)} | small).values())
+            yield first, partial(_of_tiles, products)
+
+
+def _of_tiles(products: Sequence[Product], wanted: Container[Tile]) -> Iterator[Product]:
+    return (product for product in products if product.tile in wanted)
 
 
 def _runs(nest: Nest, axes: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from .nest import Nest
 from .schedule import Digit, Schedule, fused_name
@@ -175,8 +176,8 @@ def tiles(nest: Nest, lanes: Lanes) -> list[Tile]:
     return found or few
 
 
-def families(nest: Nest) -> Iterator[tuple[list[Point], list[Point]]]:
-    """For each choice of axes for the lanes: every tile with one count of lanes, and with the others."""
+def families(nest: Nest) -> Iterator[tuple[list[Point], Callable[[Container[Tile]], Iterator[Point]]]]:
+    """For each choice of axes for the lanes: every tile with one count of lanes, and some tiles with all."""
     by_axes: dict[tuple[tuple[str, ...], ...], list[Lanes]] = {}
     for lanes in lane_sets(nest):
         by_axes.setdefault(tuple(axes for axes, _ in lanes), []).append(lanes)
@@ -184,7 +185,16 @@ def families(nest: Nest) -> Iterator[tuple[list[Point], list[Point]]]:
         unrolled = tiles(nest, sets[0])
         typical = sets[len(sets) // 2]
         first = [p for tile in unrolled for p in _points(nest, typical, tile)[:1]]
-        yield first, [p for lanes in sets for tile in unrolled for p in _points(nest, lanes, tile)]
+        yield first, partial(_of_tiles, nest, sets, unrolled)
+
+
+def _of_tiles(
+    nest: Nest, sets: Sequence[Lanes], unrolled: Sequence[Tile], wanted: Container[Tile]
+) -> Iterator[Point]:
+    for lanes in sets:
+        for tile in unrolled:
+            if tile in wanted:
+                yield from _points(nest, lanes, tile)
 
 
 def _points(nest: Nest, lanes: Lanes, tile: Tile) -> list[Point]:

@@ -32,7 +32,8 @@ def problem_of(direction: str, geometry: Geometry, layout: str, dtype: torch.dty
 
 def products(problem: Problem) -> list[Product]:
     """All that the space proposes for a problem."""
-    return [product for _, family in families(nest_of(problem)) for product in family]
+    every = families(nest_of(problem))
+    return [product for first, rest in every for product in rest({product.tile for product in first})]
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
