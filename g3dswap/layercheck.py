@@ -44,25 +44,22 @@ def check_layer(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=meeting.dtype)
 
-    with (
-        torch.inference_mode(False),
-        torch.autocast(device.type, enabled=False),
-        native.searching(False),
-    ):
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         weight = torch.empty_like(conv.weight, dtype=meeting.dtype, device=device)
         weight.data.copy_(normal(*conv.weight.shape))
         bias = None if conv.bias is None else normal(*conv.bias.shape)
         twin = _conv(conv, meeting, conv.groups, weight.detach(), bias).eval()
         value = normal(batch, conv.in_channels, *meeting.size)
         value = value.contiguous(memory_format=LAYOUTS[meeting.layout])
-        with torch.no_grad():
-            shape = twin(value).shape
-        grad = normal(*shape).contiguous(memory_format=LAYOUTS[meeting.layout])
-        theirs = _passes(twin, value, grad, meeting)
+        with native.unsearched():
+            with torch.no_grad():
+                shape = twin(value).shape
+            grad = normal(*shape).contiguous(memory_format=LAYOUTS[meeting.layout])
+            theirs = _passes(twin, value, grad, meeting)
+            # Of input and output, the one whose channels come first in the weight.
+            groups = _affordable(conv, value.shape if conv.transposed else shape, device.type)
+            reference = _reference(conv, groups, weight, bias, value, grad, meeting)
         ours = _passes(swap(twin), value, grad, meeting)
-        # Of input and output, the one whose channels come first in the weight.
-        groups = _affordable(conv, value.shape if conv.transposed else shape, device.type)
-        reference = _reference(conv, groups, weight, bias, value, grad, meeting)
         if fusion:
             theirs["forward"] = _followed(theirs["forward"], fusion, range(conv.groups), conv.groups)
             reference["forward"] = _followed(reference["forward"], fusion, groups, conv.groups)

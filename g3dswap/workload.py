@@ -158,7 +158,7 @@ def quick_check(candidate: Candidate, bound: float | None = None, seed: int = 1)
     operands = random_operands(problem, batch, seed)
     sample = Sample(problem, operands, QUICK_PART)
     if bound is None:
-        with torch.no_grad(), native.switches(problem), native.searching(False):
+        with torch.no_grad(), native.switches(problem), native.unsearched():
             own = native.error(sample.of(native.run(problem, *operands)), sample.reference)
         bound = max(2 * own, native.FLOORS[problem.dtype])
     else:

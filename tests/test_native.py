@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from g3dswap import native
+from g3dswap import Grouped3D, layercheck, native
 from g3dswap.errors import ArgumentError
+from g3dswap.meetings import Meeting
 from g3dswap.problem import DIRECTIONS, DTYPES, Geometry, Problem, layer_pass
 
 GEOMETRY = Geometry(4, 8, 4, (5, 6, 7), (3, 3, 3), (1, 2, 1), (1, 1, 1))
@@ -290,27 +293,64 @@ def test_switches_are_read_and_restored() -> None:
     assert not native.deterministic("cpu")
 
 
-def test_the_reference_searches_for_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cudnn() -> Iterator[Callable[..., tuple[bool, bool]]]:
+    """Sets whether cuDNN searches and is deterministic, if given, and says so; as before afterwards."""
+    read = torch._C._get_cudnn_benchmark, torch._C._get_cudnn_deterministic
+    write = torch._C._set_cudnn_benchmark, torch._C._set_cudnn_deterministic
+    before = [get() for get in read]
+
+    def switches(*wanted: bool) -> tuple[bool, bool]:
+        for put, value in zip(write, wanted):
+            put(value)
+        return read[0](), read[1]()
+
+    yield switches
+    switches(*before)
+
+
+def test_the_reference_searches_for_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, cudnn: Callable[..., tuple[bool, bool]]
+) -> None:
     seen = []
     compute = native._compute
 
     def recorded(*args: Any) -> Any:
-        seen.append(torch._C._get_cudnn_benchmark())
+        seen.append(cudnn())
         return compute(*args)
 
     monkeypatch.setattr(native, "_compute", recorded)
     problem = Problem("forward", GEOMETRY)
     operands = native.random_operands(problem, 1)
-    before = torch._C._get_cudnn_benchmark()
-    try:
-        for wanted in (True, False):
-            torch._C._set_cudnn_benchmark(wanted)
-            native.run(problem, *operands)
-            native.reference(problem, *operands)
-            assert torch._C._get_cudnn_benchmark() == wanted
-    finally:
-        torch._C._set_cudnn_benchmark(before)
-    assert seen == [True, False, False, False]
+    for wanted in (True, False):
+        cudnn(wanted, False)
+        native.run(problem, *operands)
+        native.reference(problem, *operands)
+        assert cudnn() == (wanted, False)
+    # PyTorch remembers what it took without a search, so that must not be what the user's own calls are.
+    assert seen == [(True, False), (False, True), (False, False), (False, True)]
+    cudnn(True, True)
+    native.reference(problem, *operands)
+    assert seen[-1] == (True, True)
+
+
+def test_only_pytorchs_kernels_are_checked_with_other_switches(
+    monkeypatch: pytest.MonkeyPatch, cudnn: Callable[..., tuple[bool, bool]]
+) -> None:
+    """Ours are chosen for the switches that hold."""
+    seen: dict[str, tuple[bool, bool]] = {}
+    passes = layercheck._passes
+
+    def recorded(layer: nn.Module, *args: Any) -> Any:
+        seen["theirs" if type(layer) is nn.Conv3d else "ours"] = cudnn()
+        return passes(layer, *args)
+
+    monkeypatch.setattr(layercheck, "_passes", recorded)
+    meeting = Meeting(1, (3, 4, 5), torch.float32, "contiguous", torch.device("cpu"), True, True)
+    cudnn(True, False)
+    conv = nn.Conv3d(4, 4, 3, padding=1, groups=4)
+    assert layercheck.check_layer(conv, meeting, lambda x: Grouped3D.from_conv(x, tune="none"), {}) is None
+    assert seen == {"theirs": (False, True), "ours": (True, False)}
 
 
 def test_switches_work_after_global_flags_were_disabled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,6 @@ def prepared(device: torch.device, threads: int) -> Iterator[None]:
         stack.callback(torch.set_num_threads, before)
         torch.set_num_threads(threads or before)
         if device.type == "cuda":
-            stack.enter_context(native.searching(True))
+            stack.enter_context(native.searching())
             stack.enter_context(torch.cuda.device(device))
         yield
