@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 from ..errors import CompileError, NoCompilerError, ProcessError
@@ -43,7 +43,7 @@ class Job:
     types:    of the kernel's arguments: pointers, aligned to 16 bytes, and at last the batch, any integer.
     target:   backend, architecture, lanes of a warp.
     options:  Triton's, such as num_warps.
-    single:   a thread has no more than one element of a tile, so that its threads need not be laid out.
+    single:   no thread has elements of a tile that one load could bring, so that they need not be laid out.
     """
 
     path: str
@@ -110,6 +110,15 @@ def compiled(job: Job, timeout: float) -> dict[str, str]:
                 os.replace(Path(scratch, made), path)
                 seal(path)
     return {made: str(path) for made, path in files.items()}
+
+
+def loaded(job: Job, files: dict[str, str]) -> Any:
+    """Triton's `CompiledKernel`, from the files that `compiled` gave; the printed module is not imported."""
+    assert triton is not None
+    # Of what was compiled, a launcher needs the types only; to import it for them takes longer than the rest.
+    signature = {str(i): name for i, name in enumerate(job.types)}
+    stand_in = SimpleNamespace(signature=signature, constants={})
+    return triton.compiler.CompiledKernel(stand_in, files, job.name)
 
 
 def _ask_worker(request: Message, timeout: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,9 +144,18 @@ class _Stage:
     source: str
 
 
-@functools.lru_cache(maxsize=64)  # a `build` follows a `prepare`, and printing takes its time
+_printing = threading.Lock()
+
+
 def _stages(nest: Nest, schedule: Schedule, target: str) -> tuple[_Stage, ...]:
     """What is compiled for a schedule, in the order of launches."""
+    # Threads that print at once all end late. One after another, the first compiles while others are printed.
+    with _printing:
+        return _printed(nest, schedule, target)
+
+
+@functools.lru_cache(maxsize=64)  # a `build` follows a `prepare`, and printing takes its time
+def _printed(nest: Nest, schedule: Schedule, target: str) -> tuple[_Stage, ...]:
     if target not in TARGETS:
         raise ArgumentError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}.")
     scheduled = apply(nest, schedule)

@@ -17,11 +17,11 @@ import torch
 
 from ..errors import CompileError, NoCompilerError, ScheduleError
 from .children import first_line
-from .compile_triton import Job, compiled, dtype_pointers, import_kernel
-from .compile_triton import source as ast_source
+from .compile_triton import Job, compiled, dtype_pointers, import_kernel, loaded
 from .nest import Nest
 from .objects import digest, folder, intact, scratch
 from .schedule import Schedule
+from .triton_text import parts
 from .words import ALIGNMENT
 
 try:
@@ -52,10 +52,10 @@ def load(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Launch:
 
     NoCompilerError: no Triton or no GPU.  CompileError: the kernel does not compile, in time.
     """
-    kernel = import_kernel(str(_written(source)))
-    if not isinstance(kernel, triton.JITFunction):
-        return _interpreted(kernel, _programs(nest))
-    return _Launcher(nest, kernel, partial(_job, nest, schedule, source), timeout).launch
+    require()
+    if triton.knobs.runtime.interpret:
+        return _interpreted(import_kernel(str(_written(source))), _programs(nest))
+    return _Launcher(nest, partial(_job, nest, schedule, source), timeout).launch
 
 
 def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> None:
@@ -79,10 +79,26 @@ def _job(nest: Nest, schedule: Schedule, source: str) -> Job:
         found = triton.runtime.driver.active.get_current_target()
     options = {"num_warps": schedule.hint("warps", 4), "num_stages": schedule.hint("stages", 2)}
     target = (found.backend, found.arch, found.warp_size)
-    lanes = math.prod(loop.count or 1 for loop in nest.loops if loop.bind == "lanes")
-    product = any(loop.bind == "depth" for loop in nest.loops)
-    single = not product and lanes <= options["num_warps"] * found.warp_size
+    single = _is_single(nest, options["num_warps"] * found.warp_size)
     return Job(str(_written(source)), source, dtype_pointers(dtypes), target, options, single)
+
+
+def _is_single(nest: Nest, threads: int) -> bool:
+    """Whether no thread has two elements that one load could bring.
+
+    Those of a tensor lie in aligned pairs only if all its steps are even.
+    """
+    if any(loop.bind == "depth" for loop in nest.loops):
+        return False
+    lanes = [loop for loop in nest.loops if loop.bind == "lanes"]
+    if math.prod(loop.count or 1 for loop in lanes) <= threads:
+        return True
+    along = frozenset[str]().union(*(parts(nest, loop.axis) for loop in lanes))
+    spread = [nest.tensor(access.tensor) for access in nest.accesses if access.axes & along]
+    return not any(
+        all(step % 2 == 0 for extent, step in zip(tensor.shape, tensor.strides) if extent != 1 and step != 1)
+        for tensor in spread
+    )
 
 
 def _written(source: str) -> Path:
@@ -130,9 +146,8 @@ class _Launcher:
     is known: all pointers are aligned, as those of allocations are; of a view that is not, a copy is taken.
     """
 
-    def __init__(self, nest: Nest, kernel: Any, job: Callable[[], Job], timeout: float) -> None:
+    def __init__(self, nest: Nest, job: Callable[[], Job], timeout: float) -> None:
         self.programs = _programs(nest)
-        self.kernel = kernel
         self.job = job
         self.timeout = timeout
         self.compiled: dict[int, tuple[Any, ...]] = {}
@@ -147,7 +162,7 @@ class _Launcher:
             job = self.job()
             files = compiled(job, self.timeout)
             try:
-                made = triton.compiler.CompiledKernel(ast_source(self.kernel, job.types), files, job.name)
+                made = loaded(job, files)
                 stream = triton.runtime.driver.active.get_current_stream
                 entry = (made.run, made.function, made.packed_metadata, stream, made)
             except Exception as error:

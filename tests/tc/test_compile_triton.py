@@ -84,7 +84,8 @@ def test_what_triton_loads_is_what_it_would_have_compiled_itself() -> None:
     program = (
         "import json, sys, triton; from g3dswap.tc import compile_triton as c; path, types, files = "
         "json.loads(sys.argv[1]); source = c.source(c.import_kernel(path), types); "
-        "made = triton.compiler.CompiledKernel(source, files, 'name'); target = made.metadata.target; "
+        "made = c.loaded(c.Job(path, '', types, ('cuda', 90, 32), {}), files); "
+        "target = made.metadata.target; "
         "again = triton.compile(source, target=target, options={'num_warps': 2, 'num_stages': 1}); "
         "same = lambda k: {**k.metadata._asdict(), 'hash': ''} | {'size': len(k.kernel)}; "
         "assert same(again) == same(made), (same(again), same(made)); "

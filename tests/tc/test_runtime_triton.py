@@ -16,7 +16,7 @@ from g3dswap.problem import Geometry, Problem
 from g3dswap.tc import compile_triton, objects, runtime_triton
 from g3dswap.tc.kernel import build, prepare
 from g3dswap.tc.nest import Nest
-from g3dswap.tc.schedule import Digit, Schedule
+from g3dswap.tc.schedule import Digit, Schedule, apply
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
@@ -101,12 +101,30 @@ def test_preparing_needs_no_more_than_loading_will(fresh_cache: Path) -> None:
     assert runs(nest)
 
 
+@pytest.mark.parametrize(
+    ("digits", "width", "single"),
+    [
+        ("h*w 64 lanes|w 2 unroll phase", 6, True),  # an element for each thread
+        ("h*w 256 lanes|w 2 unroll phase", 6, False),  # two, which may lie side by side
+        ("h*w 256 lanes|w 2 unroll phase", 7, True),  # rows of seven: no two are aligned
+        ("h*w 64 rows|f 16 cols|c 16 depth", 6, False),
+    ],
+)
+def test_which_tiles_need_no_layout(digits: str, width: int, single: bool) -> None:
+    geometry = Geometry(32, 32, 2, (1, 6, width), (1, 1, 1))
+    head = "n rest grid|g rest grid|f rest grid|t rest grid|h*w rest grid|c rest serial|kt rest serial"
+    head += "|kh rest serial|kw rest serial"
+    how = {"digits": f"{head}|{digits}".split("|"), "fuse": [["h", "w"]], "stage": [], "hints": {}}
+    nest = apply(nest_of(Problem("forward", geometry, torch.bfloat16)), Schedule.from_json(how))
+    assert runtime_triton._is_single(nest, 128) == single
+
+
 def test_version() -> None:
     assert runtime_triton.version() == triton.__version__
 
 
 @pytest.mark.gpu
-def test_compiles_once_for_every_batch_size() -> None:
+def test_compiles_once_for_every_batch_size(fresh_cache: Path) -> None:
     nest = small()
     kernel = build(nest, along_w(nest, warps=1, stages=1), "triton")
     launcher = kernel.launch.__self__  # type: ignore[attr-defined]
@@ -115,10 +133,9 @@ def test_compiles_once_for_every_batch_size() -> None:
         out = torch.empty_like(x)
         kernel(x, weight, out=out)
         assert torch.equal(out, x)
-    # The compilation at load is the only one, and was made by a worker: Triton itself knows of none.
     ((*_, compiled),) = launcher.compiled.values()
     assert compiled.metadata.num_warps == 1
-    assert not any(caches[0] for caches in launcher.kernel.device_caches.values())
+    assert len(list(objects.folder().glob("*.cubin"))) == 1
 
 
 @pytest.mark.gpu
