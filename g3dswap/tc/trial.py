@@ -110,8 +110,8 @@ class TunerConfig:
                 population=min(max(cores(), 8), 32),
                 elites=4,
                 mutation_rate=0.7,
-                seconds=7.5,
-                build_timeout=12.0,
+                seconds=6.0,
+                build_timeout=8.0,
                 overlap=True,
             )
         return cls(
