@@ -179,10 +179,11 @@ class _Launcher:
             with torch.cuda.device_of(out):
                 self.launch(operands, out, batch)
             return
-        addresses = out.data_ptr()
-        for tensor in operands:
-            addresses |= tensor.data_ptr()
-        if addresses % ALIGNMENT:
+        addresses = [tensor.data_ptr() for tensor in (*operands, out)]
+        bits = 0
+        for address in addresses:
+            bits |= address
+        if bits % ALIGNMENT:
             result = torch.empty_like(out) if out.data_ptr() % ALIGNMENT else out
             self.launch([x.clone() if x.data_ptr() % ALIGNMENT else x for x in operands], result, batch)
             if result is not out:
@@ -193,4 +194,5 @@ class _Launcher:
         if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             made[(number, 1, 1)](*operands, out, batch)
             return
-        run(number, 1, 1, stream(device), function, metadata, None, None, None, *operands, out, batch)
+        # Addresses instead of tensors, for each of which the driver would be asked where it lies.
+        run(number, 1, 1, stream(device), function, metadata, None, None, None, *addresses, batch)
