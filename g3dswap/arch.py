@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from g3dswap.checkpoint import Checkpoint, is_same_tensor
-from g3dswap.errors import ArgumentError, ConvertError
+from g3dswap.errors import ArgumentError, ConvertError, described
 
 DTYPES = {
     name: dtype
@@ -143,7 +143,7 @@ def build(arch: str, kwargs: Mapping[str, Any]) -> nn.Module:
         try:
             model = factory(**kwargs)
         except (Exception, SystemExit) as error:
-            raise ConvertError(f"--arch {arch} raised {describe(error)}; check --arch-kwargs.") from error
+            raise ConvertError(f"--arch {arch} raised {described(error)}; check --arch-kwargs.") from error
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"--arch {arch} returned a {type(model).__name__}, no torch.nn.Module.")
     return model
@@ -167,9 +167,9 @@ def _import(arch: str, name: str) -> Any:
             raise ArgumentError(
                 f"--arch {arch}: there is no module {error.name}; install it or run this in its directory."
             ) from None
-        raise ConvertError(f"--arch {arch}: importing {name} raised {describe(error)}.") from error
+        raise ConvertError(f"--arch {arch}: importing {name} raised {described(error)}.") from error
     except (Exception, SystemExit) as error:
-        raise ConvertError(f"--arch {arch}: importing {name} raised {describe(error)}.") from error
+        raise ConvertError(f"--arch {arch}: importing {name} raised {described(error)}.") from error
 
 
 def _attribute(arch: str, owner: Any, name: str) -> Any:
@@ -205,7 +205,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
         missing, unexpected = [k for k in wanted if k not in state], [k for k in state if k not in wanted]
         problems = re.findall(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]", str(error))
         if not problems:
-            raise ConvertError(f"{checkpoint.path} does not load: {describe(error)}.") from error
+            raise ConvertError(f"{checkpoint.path} does not load: {described(error)}.") from error
     # Of tied weights a file may have one only.
     loaded = wanted.keys() - set(missing)
     missing = [k for k in missing if not any(is_same_tensor(wanted[k], wanted[other]) for other in loaded)]
@@ -239,9 +239,3 @@ def _listed(names: Sequence[str]) -> str:
 
 def _times(shape: str) -> str:
     return shape.replace(", ", "x") or "a scalar"
-
-
-def describe(error: BaseException) -> str:
-    """``TypeError: the first line of its message``."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

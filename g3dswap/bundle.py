@@ -24,7 +24,7 @@ from typing import IO, Any
 from torch import nn
 
 from .containers import atomic_write, check_output, opened
-from .errors import ArgumentError, CheckpointError, ConvertError, first_line
+from .errors import ArgumentError, CheckpointError, ConvertError, described
 from .sniff import CONFIGS, WEIGHTS, bundle_root
 
 NETWORK = "network_def"
@@ -159,9 +159,8 @@ class Bundle:
         except (ArgumentError, CheckpointError):
             raise
         except Exception as error:  # the network's own code may raise anything
-            first = first_line(error).rstrip(".")
             raise ConvertError(
-                f"{self.path}: building its {NETWORK!r} raised {type(error).__name__}: {first}; "
+                f"{self.path}: building its {NETWORK!r} raised {described(error)}; "
                 "check that MONAI is as new as the bundle, or name another factory with --arch."
             ) from error
         if not isinstance(network, nn.Module):

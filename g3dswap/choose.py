@@ -20,18 +20,19 @@ from typing import Any
 
 import torch
 
-from . import ranks
+from . import once, ranks
 from .choice import Choice, Record
-from .errors import ArgumentError, NoCompilerError, ScheduleError
+from .errors import ArgumentError, NoCompilerError, ScheduleError, described
 from .guessed import Guesses
+from .once import warn_once
 from .problem import Problem
 from .progress import Bar
 from .searched import search, tell_failures, tells_of_kernels
-from .stored import EFFORTS, Options, Stored, key_of, said, warn
+from .stored import EFFORTS, Options, Stored, close_caches, key_of, open_cache
 from .tc import kernel
 from .tc.cache import Cache, default_directory
 from .tc.schedule import Schedule
-from .tc.trial import TunerConfig, describe
+from .tc.trial import TunerConfig
 from .workload import Candidate, attempt, prepare, race, tuning_batch
 
 CONFIGS = {"quick": TunerConfig.quick, "full": TunerConfig.full}
@@ -60,7 +61,6 @@ _LOCK = threading.RLock()  # held while something is decided: measurements must 
 _decisions: dict[tuple[Path, Problem], _Decision] = {}
 _plan: dict[Problem, Choice] = {}
 _lookup: dict[Hashable, Choice] = {}
-_caches: dict[Path, Cache] = {}
 _choosers: dict[tuple[str, Path], Chooser] = {}
 _asked: Counter[str] = Counter()
 
@@ -101,23 +101,10 @@ def install(choices: Iterable[Choice]) -> None:
 def forget() -> None:
     """Forget all decisions, installed plans and given warnings of this process."""
     with _LOCK:
-        for table in (_decisions, _plan, _lookup, _caches, _choosers, _asked, said):
+        for table in (_decisions, _plan, _lookup, _choosers, _asked):
             table.clear()
-
-
-def open_cache(directory: Path | str | None = None) -> Cache:
-    """The options cache in a directory (None: the default one), with the shipped ones behind it."""
-    path = default_directory() if directory is None else Path(directory).expanduser()
-    with _LOCK:
-        if path not in _caches:
-            _caches[path] = Cache(path, shipped_directories())
-        return _caches[path]
-
-
-def shipped_directories() -> list[Path]:
-    """Where the shipped options are: in an installed package, or beside it in the repository."""
-    package = Path(__file__).parent
-    return [place for place in (package / "caches", package.parent / "caches") if place.is_dir()]
+        close_caches()
+        once.forget()
 
 
 class Chooser:
@@ -308,7 +295,7 @@ class Chooser:
                     return self._decide(problem, batch, label)
             return self._decision(self._default(problem) or self._untuned(problem), 0)
         except NoCompilerError as error:
-            warn("no compiler", f"PyTorch's own kernels run: {error}")
+            warn_once("no compiler", f"PyTorch's own kernels run: {error}")
             return self._decision(native(problem, "no compiler"), max(EFFORTS.values()))
 
     def _against(self, record: Record) -> str:
@@ -322,43 +309,53 @@ class Chooser:
     def _verdict(
         self, problem: Problem, stored: Stored, batch: int, candidate: Candidate | None = None
     ) -> Choice | None:
-        """What a record says, its kernel built and checked; None, and a warning, if that fails.
-
-        A record of another size, or of a far batch, has the last word only where there is no memory to
-        time its kernel here.
-        """
-        record, what, measured = stored.record, stored.what, stored.source != "nearest"
-        against = self._against(record)
-        if against or record.schedule is None:
-            return native(problem, f"{what}, {against}", record.native_seconds)
-        candidate = candidate or self._checked(problem, record.schedule, record.bound, stored.source)
+        """What a record says, its kernel built and checked; None, and a warning, if that fails."""
+        if said := self._for_pytorch(problem, stored):
+            return said
+        assert stored.record.schedule
+        candidate = candidate or self._checked(
+            problem, stored.record.schedule, stored.record.bound, stored.source
+        )
         if candidate is None:
             return None
         batch = tuning_batch(problem, batch)
-        if not stored.tells_of(batch):
-            try:
-                ours, theirs = race(candidate, batch)
-            except torch.OutOfMemoryError:
-                pass
-            except Exception as error:
-                self._refuse(problem, stored.source, describe(error))
-                return None
-            else:
-                record = replace(record, batch=batch, seconds=ours, native_seconds=theirs)
-                what, measured = f"{what}; at batch {batch} here", True
-                if against := self._against(record):
-                    return native(problem, f"{what}, {against}", theirs)
+        raced = stored if stored.tells_of(batch) else self._raced(stored, candidate, batch)
+        if raced is None:
+            return None
+        if said := self._for_pytorch(problem, raced):
+            return said
+        record = raced.record
         return Choice(
             problem,
-            stored.source,
-            reason=f"{what}, {record.speedup:.2f}x",
-            seconds=record.seconds if measured else None,
-            native_seconds=record.native_seconds if measured else None,
+            raced.source,
+            reason=f"{raced.what}, {record.speedup:.2f}x",
+            seconds=record.seconds if raced.timed else None,
+            native_seconds=record.native_seconds if raced.timed else None,
             error=record.error,
             bound=record.bound,
             schedule=record.schedule,
             candidate=candidate,
         )
+
+    def _for_pytorch(self, problem: Problem, stored: Stored) -> Choice | None:
+        """PyTorch's kernel, if a record speaks for it."""
+        against = self._against(stored.record)
+        if not against:
+            return None
+        return native(problem, f"{stored.what}, {against}", stored.record.native_seconds)
+
+    def _raced(self, stored: Stored, candidate: Candidate, batch: int) -> Stored | None:
+        """A record of another size, or of a far batch, with the times of a race with PyTorch's kernel here.
+
+        As it is where there is no memory for that; None, said once, if its kernel fails.
+        """
+        try:
+            return stored.raced(batch, *race(candidate, batch))
+        except torch.OutOfMemoryError:
+            return stored
+        except Exception as error:
+            self._refuse(candidate.problem, stored.source, described(error))
+            return None
 
     def _checked(
         self, problem: Problem, schedule: dict[str, Any], bound: float | None, whose: str
@@ -370,7 +367,7 @@ class Chooser:
         return found
 
     def _refuse(self, problem: Problem, whose: str, why: str) -> None:
-        warn(
+        warn_once(
             f"{whose} {problem}",
             f"The {whose} schedule for {problem} is not used ({why}); tune it again.",
         )
@@ -385,8 +382,10 @@ class Chooser:
         except NoCompilerError:
             raise
         except Exception as error:
-            why = describe(error)
-            warn("tuning failed", f"PyTorch's own kernel runs {problem}, because tuning it failed: {why}")
+            why = described(error)
+            warn_once(
+                "tuning failed", f"PyTorch's own kernel runs {problem}, because tuning it failed: {why}"
+            )
             return native(problem, f"tuning failed: {why}")
         self.counts.update(result.counts)
         self.interrupted = self.interrupted or result.interrupted
@@ -411,7 +410,7 @@ class Chooser:
                 if found:
                     return Choice(problem, "default", "not timed", schedule=schedule, candidate=found)
         except ScheduleError as error:
-            warn(f"default {problem}", f"PyTorch's own kernel runs {problem}: {error}")
+            warn_once(f"default {problem}", f"PyTorch's own kernel runs {problem}: {error}")
             return None
         if why:
             self._refuse(problem, "default", why)
@@ -424,7 +423,7 @@ class Chooser:
         return native(problem, "no tuned entry; run g3dswap tune")
 
     def _advise(self, what: str) -> None:
-        warn("untuned", f'{what}; run "g3dswap tune" or convert with tune="quick" for faster kernels.')
+        warn_once("untuned", f'{what}; run "g3dswap tune" or convert with tune="quick" for faster kernels.')
 
 
 def native(problem: Problem, reason: str, native_seconds: float | None = None) -> Choice:

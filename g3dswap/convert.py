@@ -18,11 +18,11 @@ from torch import nn
 
 from g3dswap.calls import merge_functional
 from g3dswap.choice import Choice
-from g3dswap.choose import MIN_SPEEDUP, Chooser, open_cache
+from g3dswap.choose import MIN_SPEEDUP, Chooser
 from g3dswap.decide import Decision, call_of, decide, keep, peek, problems, swap_later
 from g3dswap.discover import Meeting, Shapes, Site, observe
 from g3dswap.entries import Kept, Layer, NotFused, Swapped
-from g3dswap.errors import ArgumentError, ConvertError, first_line
+from g3dswap.errors import ArgumentError, ConvertError, described
 from g3dswap.functional import as_converted, decide_calls, intercept_calls
 from g3dswap.fuse import find_fusions
 from g3dswap.fused import FUSED, NOTHING, Fused, Fusion
@@ -34,7 +34,7 @@ from g3dswap.plan import Plan, forget_choices, install_plan, keep_choices, read_
 from g3dswap.problem import Problem
 from g3dswap.report import Report, forget, machine, store
 from g3dswap.selection import Selection, check_model, select
-from g3dswap.stored import EFFORTS
+from g3dswap.stored import EFFORTS, open_cache
 from g3dswap.trace import Trace, trace
 
 
@@ -208,9 +208,8 @@ def _copied(model: nn.Module) -> nn.Module:
         with torch.inference_mode(False):  # whose tensors could never be trained
             return copy.deepcopy(model)
     except Exception as error:
-        first = first_line(error)
         raise ConvertError(
-            f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {first}); pass "
+            f"{type(model).__name__} cannot be deep-copied ({described(error)}); pass "
             "inplace=True to change the model itself."
         ) from error
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from g3dswap.calls import FunctionCalls, Use
 from g3dswap.entries import ROOT, Functional, Skipped
-from g3dswap.errors import ArgumentError, ConvertError
+from g3dswap.errors import ArgumentError, ConvertError, described
 from g3dswap.fused import FUSED
 from g3dswap.guard import Inputs, a_type, untouched
 from g3dswap.meetings import Hook, Meeting
@@ -252,11 +252,9 @@ def _needs_saved_tensors(error: Exception) -> bool:
 
 
 def _forward_failed(model: nn.Module, inputs: Inputs, error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     ours = {tensor.device for _, tensor in inputs.tensors()}
     theirs = {item.device for item in [*model.parameters(), *model.buffers()]}
     hint = "pass inputs that it takes, or none (each layer then chooses at its first call)"
     if len(ours) == len(theirs) == 1 and ours != theirs:
         hint = f"the inputs are on {ours.pop()}, the model on {theirs.pop()}; move the inputs"
-    return f"{type(model).__name__}.forward raised on the example inputs ({text}); {hint}."
+    return f"{type(model).__name__}.forward raised on the example inputs ({described(error)}); {hint}."

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from g3dswap.convert import revert
 from g3dswap.entries import Step
-from g3dswap.errors import ArgumentError, ConvertError, first_line
+from g3dswap.errors import ArgumentError, ConvertError, described
 from g3dswap.guard import Inputs, example, named_tensors, untouched
 from g3dswap.module import Grouped
 from g3dswap.report import store, stored
@@ -78,7 +78,7 @@ def _twin(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, dict(shared))
     except Exception as error:
         raise ConvertError(
-            f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}), which "
+            f"{type(model).__name__} cannot be deep-copied ({described(error)}), which "
             "measuring the steps before the conversion takes; time a training step of yours instead."
         ) from error
 
@@ -138,9 +138,8 @@ def _guarded(call: Call, kind: str, model: nn.Module) -> None:
     try:
         call()
     except Exception as error:
-        first = first_line(error)
         raise ConvertError(
-            f"A step of {kind} of {type(model).__name__} raised {type(error).__name__} ({first}); "
+            f"A step of {kind} of {type(model).__name__} raised {described(error)}; "
             "measure_steps() needs inputs that forward and backward take."
         ) from error
 

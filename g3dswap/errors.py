@@ -7,6 +7,8 @@ derives from it as well.
 
 from __future__ import annotations
 
+MOST_CHARACTERS = 200  # of a foreign message that one of ours repeats
+
 
 class G3DSwapError(Exception):
     """Base of every error that g3dswap raises on purpose."""
@@ -83,3 +85,9 @@ class VerificationError(G3DSwapError, AssertionError):
 def first_line(error: BaseException, otherwise: str = "") -> str:
     """The first line of an exception's message; many go on with advice or a trace."""
     return (str(error).strip().splitlines() or [otherwise])[0]
+
+
+def described(error: BaseException) -> str:
+    """An exception in one short line, with its class."""
+    first = first_line(error)[:MOST_CHARACTERS].rstrip(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -13,6 +13,7 @@ convolution's grad_output, and the gradient of what it returns is the convolutio
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,9 @@ FLOORS = {
     torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2,
     torch.float16: torch.finfo(torch.float16).eps / 2,
 }
+
+PERIOD = 1048583
+"""Random numbers are drawn up to this many (a prime: no stride repeats them early) and then repeated."""
 
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "relu": (torch.relu, torch.relu_),
@@ -157,7 +161,9 @@ def random_operands(
     g = problem.geometry
 
     def normal(shape: Sequence[int]) -> Tensor:
-        x = torch.randn(shape, generator=generator, device=device, dtype=problem.dtype)
+        count = math.prod(shape)
+        drawn = torch.randn(min(count, PERIOD), generator=generator, device=device, dtype=problem.dtype)
+        x = drawn.repeat(-(-count // PERIOD))[:count].view(shape) if count > PERIOD else drawn.view(shape)
         return x.contiguous(memory_format=problem.memory_format) if len(shape) == 5 else x
 
     image, weight = normal(g.input_shape(batch)), normal(g.weight_shape())

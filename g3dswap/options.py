@@ -24,7 +24,6 @@ from g3dswap.arch import (
     Input,
     allow_local_imports,
     build,
-    describe,
     load_weights,
     make_inputs,
     parse_device,
@@ -33,7 +32,7 @@ from g3dswap.arch import (
     parse_triple,
 )
 from g3dswap.checkpoint import Checkpoint
-from g3dswap.errors import ArgumentError, G3DSwapError, G3DSwapWarning, VerificationError
+from g3dswap.errors import ArgumentError, G3DSwapError, G3DSwapWarning, VerificationError, described
 from g3dswap.problem import DTYPES, LAYOUTS, Geometry
 from g3dswap.program import Layers, Program
 
@@ -64,7 +63,7 @@ class Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(3 if isinstance(error, VerificationError) else 1)
         except torch.OutOfMemoryError as error:
-            click.echo(f"error: {describe(error)}; use a smaller --input.", err=True)
+            click.echo(f"error: {described(error)}; use a smaller --input.", err=True)
             ctx.exit(1)
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted; what was tuned is in the cache.", err=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .containers import atomic_write, opened
 from .entries import Skipped
-from .errors import ArgumentError, CheckpointError, first_line
+from .errors import ArgumentError, CheckpointError, described
 from .module import Grouped
 from .problem import LAYOUTS, transposed_size
 from .sniff import PROGRAM
@@ -168,9 +168,8 @@ def load(path: Path, *, trust: bool) -> tuple[nn.Module, tuple[Any, ...], dict[s
         arguments, keywords = program.example_inputs or ((), {})
         return program.module(), tuple(arguments), dict(keywords)
     except Exception as error:  # the file's own code may raise anything
-        first = first_line(error).rstrip(".")
         raise CheckpointError(
-            f"{path} cannot be loaded by torch.export ({type(error).__name__}: {first}); export it again."
+            f"{path} cannot be loaded by torch.export ({described(error)}); export it again."
         ) from error
 
 

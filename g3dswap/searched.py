@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from .choice import Record
+from .once import warn_once
 from .problem import Problem
 from .remote import opened
-from .stored import key_of, warn
+from .stored import key_of
 from .tc.schedule import Schedule
 from .tc.trial import Progress, Result, TunerConfig
 from .tc.tuner import tune
@@ -47,7 +48,7 @@ def tell_failures(problem: Problem, record: Record) -> None:
     """Say if no kernel ran, and how the first one failed."""
     failed = [trial for trial in record.trials if trial["category"] != "illegal"]
     if failed and not set(record.counts) - NOTHING_RAN:
-        warn(
+        warn_once(
             "nothing ran",
             f"PyTorch's own kernel runs {problem}: none of {len(failed)} kernels could be compiled and run "
             f"({failed[0]['detail']}); see whether the compiler works and the disk has room, and tune again.",

@@ -9,7 +9,6 @@ import click
 import torch
 
 from g3dswap import environment
-from g3dswap.choose import open_cache
 from g3dswap.options import (
     NOT_BOTH,
     PATH,
@@ -34,6 +33,7 @@ from g3dswap.show import (
     unscheduled,
 )
 from g3dswap.show import problem as pass_problem
+from g3dswap.stored import open_cache
 from g3dswap.tc.kernel import TARGETS, target_of
 from g3dswap.tc.schedule import Schedule
 

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import json
-import warnings
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from .choice import Record
-from .errors import G3DSwapWarning
 from .nearest import similar
+from .once import warn_once
 from .problem import Problem
 from .tc import kernel
-from .tc.cache import Cache, Entry
+from .tc.cache import Cache, Entry, default_directory
 from .tc.schedule import Schedule
 
 EFFORTS = {"none": 0, "cached": 0, "quick": 1, "full": 2}
 
-said: set[str] = set()
-"""The topics that this process was warned about."""
+
+def shipped_directories() -> list[Path]:
+    """Where the shipped options are: in an installed package, or beside it in the repository."""
+    package = Path(__file__).parent
+    return [place for place in (package / "caches", package.parent / "caches") if place.is_dir()]
 
 
-def warn(topic: str, message: str) -> None:
-    """Warn once in a process about a topic."""
-    if topic in said:
-        return
-    said.add(topic)
-    warnings.warn(message, G3DSwapWarning, stacklevel=3)
+_caches: dict[Path, Cache] = {}
+_lock = threading.Lock()
+
+
+def open_cache(directory: Path | str | None = None) -> Cache:
+    """The options cache in a directory (None: the default one), with the shipped ones behind it."""
+    path = default_directory() if directory is None else Path(directory).expanduser()
+    with _lock:
+        if path not in _caches:
+            _caches[path] = Cache(path, shipped_directories())
+        return _caches[path]
+
+
+def close_caches() -> None:
+    """Forget what is open: a cache is read anew when it is asked for again."""
+    with _lock:
+        _caches.clear()
 
 
 def key_of(problem: Problem) -> dict[str, Any]:
@@ -41,11 +56,16 @@ FAR = 2
 
 @dataclass(frozen=True)
 class Stored:
-    """A record that may serve a problem, where it comes from (of `choice.SOURCES`) and how, in words."""
+    """A record that may serve a problem.
+
+    source, what: where it comes from (of `choice.SOURCES`) and how, in words.
+    timed:        its times are of the problem's very size, on this kind of device.
+    """
 
     record: Record
     source: str
     what: str
+    timed: bool = True
 
     @property
     def effort(self) -> int:
@@ -55,7 +75,12 @@ class Stored:
     def tells_of(self, batch: int) -> bool:
         """Whether its times say which kernel is faster at this batch size."""
         less, more = sorted((batch, self.record.batch))
-        return self.source != "nearest" and more <= FAR * less
+        return self.timed and more <= FAR * less
+
+    def raced(self, batch: int, seconds: float, native_seconds: float) -> Stored:
+        """The same with the times that its kernel and PyTorch's have here at a batch size."""
+        record = replace(self.record, batch=batch, seconds=seconds, native_seconds=native_seconds)
+        return Stored(record, self.source, f"{self.what}; at batch {batch} here")
 
 
 class Options:
@@ -92,7 +117,7 @@ class Options:
             if record:
                 size = "x".join(map(str, entry.key["size"]))
                 where = f"on {entry.key['device_name']} at size {size}, {entry.key['dtype']}"
-                yield Stored(record, "nearest", f"tuned {where}, batch {record.batch}")
+                yield Stored(record, "nearest", f"tuned {where}, batch {record.batch}", timed=False)
 
     def seeds(self, problem: Problem, tried: Sequence[Record]) -> list[Schedule]:
         """What was best for a problem so far, unless it was tried and failed, and for similar ones."""
@@ -106,7 +131,7 @@ class Options:
         try:
             return Record.from_json(entry.value)
         except ValueError as error:
-            warn(
+            warn_once(
                 f"record {entry.key}",
                 f"The cache entry for {problem} is malformed and not used ({error}); tune it again.",
             )

@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from g3dswap.errors import ArgumentError, ConvertError, VerificationError, first_line
+from g3dswap.errors import ArgumentError, ConvertError, VerificationError, described
 from g3dswap.fused import Fused
 from g3dswap.guard import Inputs, a_type, example, named_tensors, untouched
 from g3dswap.native import FLOORS
@@ -220,10 +220,8 @@ def _reference(
         doubles = inputs.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
         return _run(model, doubles, record, "before", gradients)
     except Exception as error:
-        cause = error.__cause__ or error
-        first = first_line(cause)
         raise VerificationError(
-            f"{type(before).__name__} cannot run in float64 ({type(cause).__name__}: {first}), which "
+            f"{type(before).__name__} cannot run in float64 ({described(error.__cause__ or error)}), which "
             "verify() needs as its reference; let its forward follow the dtype of its input, or verify a "
             "part of it."
         ) from error
@@ -244,9 +242,8 @@ def _run(
     except VerificationError:
         raise
     except Exception as error:
-        first = first_line(error)
         raise ConvertError(
-            f"Running the model {role!r} on the example inputs raised {type(error).__name__}: {first}; "
+            f"Running the model {role!r} on the example inputs raised {described(error)}; "
             "verify() needs inputs that forward and backward take."
         ) from error
 

@@ -7,7 +7,6 @@ whole result is compared with PyTorch's own kernel beside that, and must leave n
 
 from __future__ import annotations
 
-import math
 import operator
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import comprehensions, native
-from .errors import NoCompilerError
+from .errors import NoCompilerError, described
 from .problem import Problem
 from .tc import kernel, timing
 from .tc.builds import Builds, cores
@@ -27,7 +26,7 @@ from .tc.kernel import Kernel
 from .tc.schedule import Schedule
 from .tc.space import Space
 from .tc.timing import Timing
-from .tc.trial import Check, describe
+from .tc.trial import Check
 
 Operands = Sequence[Tensor | None]
 
@@ -40,8 +39,6 @@ TUNING_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}
 # PyTorch's kernel is run once for its result anyway; a run this long (seconds) is its time as well.
 LONG = 0.5
 RACE_SECONDS = 0.02
-# Random numbers are drawn up to this many (a prime: no stride repeats them early) and then repeated.
-PERIOD = 1048583
 # A kernel that was within its bound when it was tuned is only looked at again for damage: within twice
 # that bound, and never above this for its dtype (in fp32, of TF32 and of IEEE arithmetic).
 CEILINGS = {torch.float64: 1e-11, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -117,7 +114,7 @@ class PassWorkload:
         target, threads = kernel.target_of(problem.device), torch.get_num_threads()
         self.space = Space(comprehensions.nest(problem), target, threads)
         self.baseline = Candidate(problem)
-        self.operands = random_operands(problem, batch, seed)
+        self.operands = native.random_operands(problem, batch, seed)
         self._sample_time = timing.sampler(problem.device)
         began = time.perf_counter()
         with torch.no_grad(), native.switches(problem):
@@ -155,7 +152,7 @@ def quick_check(candidate: Candidate, bound: float | None = None, seed: int = 1)
     """
     problem = candidate.problem
     batch = 2 if problem.flops(2) <= QUICK_PART * REFERENCE_FLOPS[problem.device] else 1
-    operands = random_operands(problem, batch, seed)
+    operands = native.random_operands(problem, batch, seed)
     sample = Sample(problem, operands, QUICK_PART)
     if bound is None:
         with torch.no_grad(), native.switches(problem), native.unsearched():
@@ -183,7 +180,7 @@ def attempt(
     except NoCompilerError:
         raise
     except Exception as error:
-        return None, describe(error)
+        return None, described(error)
     if check.passed:
         return candidate, ""
     return None, f"its error {check.error:.3g} exceeds {check.bound:.3g}"
@@ -192,32 +189,13 @@ def attempt(
 def race(candidate: Candidate, batch: int) -> tuple[float, float]:
     """Seconds of a kernel and of PyTorch's at a batch size, cold, measured for `RACE_SECONDS` each."""
     problem = candidate.problem
-    operands, sample = random_operands(problem, batch, 0), timing.sampler(problem.device)
+    operands, sample = native.random_operands(problem, batch, 0), timing.sampler(problem.device)
     with torch.no_grad(), native.switches(problem):
         theirs, ours = (
             timing.measure(partial(it, *operands), sample, RACE_SECONDS).seconds
             for it in (Candidate(problem), candidate)
         )
     return ours, theirs
-
-
-def random_operands(problem: Problem, batch: int, seed: int) -> list[Tensor | None]:
-    """Operands for `native.run`, normally distributed, from a generator of their own."""
-    generator = torch.Generator(problem.device).manual_seed(seed)
-    geometry = problem.geometry
-
-    def normal(shape: tuple[int, ...]) -> Tensor:
-        count = math.prod(shape)
-        options = {"device": problem.device, "dtype": problem.dtype}
-        drawn = torch.randn(min(count, PERIOD), generator=generator, **options)  # type: ignore[call-overload]
-        x = drawn.repeat(-(-count // PERIOD))[:count].view(shape) if count > PERIOD else drawn.view(shape)
-        return x.contiguous(memory_format=problem.memory_format) if len(shape) == 5 else x
-
-    image, weight = normal(geometry.input_shape(batch)), normal(geometry.weight_shape())
-    bias = normal((problem.bias_size,)) if problem.bias else None
-    if problem.direction == "forward":
-        return [image, weight, bias]
-    return [normal(geometry.output_shape(batch)), image, weight, *([] if bias is None else [bias])]
 
 
 def unwritten(problem: Problem, operands: Operands) -> Tensor:

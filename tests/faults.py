@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import g3dswap
-from g3dswap import choose
+from g3dswap import choose, stored
 from g3dswap.cli import main as command
 from g3dswap.errors import G3DSwapWarning
 from g3dswap.plan import read_plan
@@ -58,7 +58,7 @@ def problems(seed: int, count: int) -> list[Problem]:
 def tune(send: Callable[[Any], None], seed: int, count: int) -> None:
     """Tune, and send the key of what is stored."""
     warnings.simplefilter("error", G3DSwapWarning)
-    chooser = choose.Chooser(choose.open_cache(), progress=False)
+    chooser = choose.Chooser(stored.open_cache(), progress=False)
     for problem in problems(seed, count):
         chooser.choose(problem)
         send(json.dumps(chooser.key(problem), sort_keys=True))

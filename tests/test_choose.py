@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from g3dswap import choose, guessed, native, ranks, workload
+from g3dswap import choose, guessed, native, ranks, stored, workload
 from g3dswap.choice import Choice, Record
 from g3dswap.choose import Chooser
 from g3dswap.comprehensions import nest
@@ -716,11 +716,11 @@ def test_bad_arguments(cache: Cache) -> None:
 
 
 def test_resolve_uses_the_default_cache(world: World, fresh_cache: Path) -> None:
-    chooser(choose.open_cache()).choose(PROBLEM)
+    chooser(stored.open_cache()).choose(PROBLEM)
     assert choose.resolve(PROBLEM).source == "tuned"
     choose.forget()
     assert choose.resolve(PROBLEM).source == "cached"
-    assert [path.parent for path in choose.open_cache().files()] == [fresh_cache]
+    assert [path.parent for path in stored.open_cache().files()] == [fresh_cache]
 
 
 def test_large_problems_are_tuned_at_a_smaller_batch() -> None:
@@ -747,9 +747,9 @@ def test_a_sample_is_the_whole_result_cut_to_size(monkeypatch: pytest.MonkeyPatc
 
 
 def test_operands_of_any_size_are_random_and_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workload, "PERIOD", 101)
+    monkeypatch.setattr(native, "PERIOD", 101)
     problem = Problem("grad_weight", GEOMETRY, layout="channels_last_3d")
-    grad, image, weight = workload.random_operands(problem, 2, 0)
+    grad, image, weight = native.random_operands(problem, 2, 0)
     assert grad is not None and image is not None and weight is not None
     assert (grad.shape, image.shape, weight.shape) == ((2, 8, 5, 6, 7), (2, 4, 5, 6, 7), (8, 1, 3, 3, 3))
     flat = image.contiguous().view(-1)
@@ -809,27 +809,27 @@ def test_compiled_kernels_are_tuned_checked_stored_and_run(
 ) -> None:
     problem = Problem(direction, GEOMETRY, dtype, layout, bias=direction == "forward")
     config = replace(CONFIG, trials=3, generations=1, build_timeout=60, workers=2, prune=1e9)
-    one = Chooser(choose.open_cache(), min_speedup=0, progress=False, config=config)
+    one = Chooser(stored.open_cache(), min_speedup=0, progress=False, config=config)
     tuned = one.choose(problem, 2)
     assert tuned.source == "tuned" and one.counts["ok"] >= 1
     assert not {"compile-error", "run-error"} & one.counts.keys()
     assert tuned.bound and outcome(tuned) <= 2 * tuned.bound
     choose.forget()
-    found = Chooser(choose.open_cache(), "cached", min_speedup=0, progress=False).choose(problem, 2)
+    found = Chooser(stored.open_cache(), "cached", min_speedup=0, progress=False).choose(problem, 2)
     assert found == replace(tuned, source="cached", reason=found.reason)
     operands = native.random_operands(problem, 3, seed=2)
     assert torch.equal(found.run(*operands), tuned.run(*operands))
 
 
 def test_the_default_schedule_compiles_and_runs(fresh_cache: Path) -> None:
-    choice = Chooser(choose.open_cache(), "none", progress=False).choose(PROBLEM)
+    choice = Chooser(stored.open_cache(), "none", progress=False).choose(PROBLEM)
     assert choice.source == "default" and outcome(choice) < 1e-6
 
 
 def test_no_compiler_on_the_path(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(G3DSwapWarning, match="no C\\+\\+ compiler 'no-such-compiler'.*CXX"):
-        choice = Chooser(choose.open_cache(), progress=False, config=CONFIG).choose(PROBLEM)
+        choice = Chooser(stored.open_cache(), progress=False, config=CONFIG).choose(PROBLEM)
     assert choice.is_native and outcome(choice) < 1e-6
 
 

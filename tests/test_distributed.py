@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 import g3dswap
-from g3dswap import choose, comprehensions, ranks
+from g3dswap import choose, comprehensions, ranks, stored
 from g3dswap.choice import Record
 from g3dswap.choose import Chooser
 from g3dswap.errors import ConvertError
@@ -70,7 +70,7 @@ def disagree(rank: int) -> Schedules:
     """Give this rank a cache that says something else than the other's; what it would choose alone."""
     converted()  # to know the problems
     for problem in {problem for _, problem in choose._decisions}:
-        fill(choose.open_cache(), problem, rank)
+        fill(stored.open_cache(), problem, rank)
     choose.forget()
     converted()
     alone = chosen()

@@ -146,7 +146,7 @@ def test_what_cannot_be_measured() -> None:
     ):
         measure_steps(Net(), None)
     with pytest.raises(
-        ConvertError, match=r"A step of training of Net raised RuntimeError \(.*\); measure_steps"
+        ConvertError, match=r"A step of training of Net raised RuntimeError: .*; measure_steps"
     ):
         measure_steps(Net(), torch.randn(2, 4, 4, 6, 6))
 

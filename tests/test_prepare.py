@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import g3dswap
-from g3dswap import choose, comprehensions, guessed, workload
+from g3dswap import choose, comprehensions, guessed, stored, workload
 from g3dswap.choice import Record
 from g3dswap.choose import Chooser
 from g3dswap.errors import CompileError, G3DSwapWarning, NoCompilerError
@@ -37,8 +37,8 @@ WANTED = [(problem, 1, "") for problem in PROBLEMS]
 def cache(fresh_cache: Path) -> Cache:
     """One that has the default schedules of PROBLEMS."""
     for problem in PROBLEMS:
-        store(choose.open_cache(), problem)
-    return choose.open_cache()
+        store(stored.open_cache(), problem)
+    return stored.open_cache()
 
 
 def store(cache: Cache, problem: Problem, **changes: Any) -> None:

@@ -20,10 +20,11 @@ from click.testing import CliRunner
 import g3dswap
 from g3dswap.bench import run
 from g3dswap.choice import Record
-from g3dswap.choose import Chooser, open_cache
+from g3dswap.choose import Chooser
 from g3dswap.cli import main
 from g3dswap.problem import Geometry
 from g3dswap.show import problem
+from g3dswap.stored import open_cache
 from tests.fakes import SCHEDULE, faked
 
 ROOT = Path(__file__).parent.parent

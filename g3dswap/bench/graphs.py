@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from g3dswap.errors import first_line
+from g3dswap.errors import described
 from g3dswap.rounds import Key, Times, alternate
 from g3dswap.tc.timing import Call, Sampler
 
@@ -122,7 +122,7 @@ def measure(
         try:
             graphs[key] = captured(rotation, counts[key])
         except RuntimeError as error:  # PyTorch's, CUDA's and ours alike
-            notes[key] = f"{type(error).__name__}: {first_line(error, 'no message')}"
+            notes[key] = described(error)
     in_graphs = alternate(graphs, graph, seconds)
     launched = alternate({k: partial(it, counts[k]) for k, it in contenders.items()}, eager, seconds / 2)
     found = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from g3dswap import native
 from g3dswap.bench import graphs
 from g3dswap.choice import Choice
-from g3dswap.errors import first_line
+from g3dswap.errors import described
 from g3dswap.problem import Problem
 from g3dswap.rounds import FEWEST, MOST, Times, alternate
 from g3dswap.tc import timing
@@ -175,7 +175,7 @@ def _compile(
         try:
             run(*operands[layout])
         except RuntimeError as error:  # all of dynamo's and inductor's
-            failed[layout] = f"{type(error).__name__}: {first_line(error, 'no message')}"
+            failed[layout] = described(error)
         else:
             found[layout] = run
     return found, failed

@@ -17,10 +17,11 @@ from g3dswap.bench.layers import BenchLayer
 from g3dswap.bench.measure import ceilings, measure_pass
 from g3dswap.bench.results import Results
 from g3dswap.bench.rows import Row
-from g3dswap.choose import Chooser, open_cache
+from g3dswap.choose import Chooser
 from g3dswap.errors import G3DSwapWarning
 from g3dswap.problem import DIRECTIONS, LAYOUTS, Problem, dtype_name
 from g3dswap.rounds import STATISTICS
+from g3dswap.stored import open_cache
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +25,8 @@ from typing import Any
 import platformdirs
 from filelock import FileLock
 
-from ..errors import CacheError, G3DSwapWarning
+from ..errors import CacheError
+from ..once import warn_once
 from . import entries
 from .entries import SCHEMA, Contents, Entry, Lines, atomic_write_text, canonical, decode, strict_json
 
@@ -34,9 +34,6 @@ __all__ = ["SCHEMA", "Cache", "Entry", "atomic_write_text", "default_directory",
 
 LOCK_SECONDS = 30.0
 """A writer holds the lock for milliseconds; one that keeps it is stuck and must not stop the others."""
-
-_said: set[str] = set()
-_said_lock = threading.Lock()
 
 
 def default_directory() -> Path:
@@ -169,7 +166,7 @@ class Cache:
             yield
             notes, self._notes = self._notes, []
         for topic, message in notes:
-            _warn_once(topic, message)
+            warn_once(topic, message, stacklevel=4)
 
     def _note(self, topic: str, message: str) -> None:
         self._notes.append((topic, message))
@@ -285,11 +282,3 @@ def _explicit(what: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise CacheError(f"{what}: {_why(error)}.") from error
-
-
-def _warn_once(topic: str, message: str) -> None:
-    with _said_lock:
-        if topic in _said:
-            return
-        _said.add(topic)
-    warnings.warn(message, G3DSwapWarning, stacklevel=5)

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from ..errors import ProcessError
+from ..errors import ProcessError, described
 
 Message = dict[str, Any]
 Answer = Callable[[Message], Message]
@@ -209,18 +209,12 @@ def serve(fd: int, answer: Answer, fit: Callable[[], bool] = lambda: True) -> No
             try:
                 reply = answer(request)
             except Exception as error:
-                reply = {"failed": first_line(error)}
+                reply = {"failed": described(error)}
                 if not fit():
                     reply["fatal"] = True
             connection.send_bytes(json.dumps(reply).encode())
             if "fatal" in reply:
                 return
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line, with its class."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{type(error).__name__}: {text}"
 
 
 # All children of this process.

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any
 
-from ..errors import CompileError, NoCompilerError, ProcessError
+from ..errors import CompileError, NoCompilerError, ProcessError, described
 from .builds import cores
-from .children import Child, Message, first_line, serve
+from .children import Child, Message, serve
 from .objects import digest, folder, intact, seal
 
 try:
@@ -77,7 +77,7 @@ def import_kernel(path: str) -> Any:
     try:
         loader.exec_module(module)
     except Exception as error:
-        raise CompileError(f"the printed kernel {path} cannot be imported: {first_line(error)}") from error
+        raise CompileError(f"the printed kernel {path} cannot be imported: {described(error)}") from error
     return module.kernel
 
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CompileError, NoCompilerError, ScheduleError
-from .children import first_line
+from ..errors import CompileError, NoCompilerError, ScheduleError, described
 from .compile_triton import Job, compiled, dtype_pointers, import_kernel, loaded
 from .nest import Nest
 from .objects import digest, folder, intact, scratch
@@ -166,7 +165,7 @@ class _Launcher:
                 stream = triton.runtime.driver.active.get_current_stream
                 entry = (made.run, made.function, made.packed_metadata, stream, made)
             except Exception as error:
-                raise CompileError(f"Triton cannot load a kernel: {first_line(error)}") from error
+                raise CompileError(f"Triton cannot load a kernel: {described(error)}") from error
         self.compiled[device] = entry
         return entry
 

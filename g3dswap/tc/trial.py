@@ -203,9 +203,3 @@ def category(error: BaseException) -> str:
     if isinstance(error, timeouts) or isinstance(error.__cause__, timeouts):
         return COMPILE_TIMEOUT
     return COMPILE_ERROR
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one short line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

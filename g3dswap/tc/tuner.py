@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic
 
-from ..errors import NoCompilerError
+from ..errors import NoCompilerError, described
 from .builds import Builds, Wave, cores
 from .timing import Timing
 from .trial import (
@@ -34,7 +34,6 @@ from .trial import (
     TunerConfig,
     Workload,
     category,
-    describe,
     seconds_of,
 )
 
@@ -195,7 +194,7 @@ class _Search(Generic[S, C]):
             if isinstance(candidate, NoCompilerError):
                 raise candidate
             if isinstance(candidate, BaseException):
-                trial = Trial(schedule, category(candidate), generation, detail=describe(candidate))
+                trial = Trial(schedule, category(candidate), generation, detail=described(candidate))
             else:
                 began = self.elapsed
                 trial = self.measure(schedule, candidate, generation)
@@ -214,7 +213,7 @@ class _Search(Generic[S, C]):
                 return trial
             check = self.workload.check(candidate)
         except Exception as error:
-            return Trial(schedule, RUN_ERROR, generation, detail=describe(error))
+            return Trial(schedule, RUN_ERROR, generation, detail=described(error))
         if not check.passed:
             detail = f"error {check.error:.3g}, bound {check.bound:.3g}"
             return replace(trial, category=WRONG_RESULT, check=check, detail=detail)
@@ -254,7 +253,7 @@ class _Search(Generic[S, C]):
                 timings[trial] = outcome
                 again = _retimed(trial, outcome)
             else:
-                again = replace(trial, category=RUN_ERROR, detail=describe(outcome))
+                again = replace(trial, category=RUN_ERROR, detail=described(outcome))
             self.trials[self.trials.index(trial)] = again
         # If none got through this, those behind them compete.
         return (self.winner(timings), baseline) if timings else self.final(baseline)

@@ -54,7 +54,7 @@ def test_without_the_whole_package_it_imports_no_pytorch(child: Child) -> None:
 
 def test_an_exception_is_an_answer(child: Child) -> None:
     assert child.ask({"raise": "so\nmuch"}, 30) == {"failed": "ValueError: so"}
-    assert child.ask({"raise": ""}, 30) == {"failed": "ValueError: no message"}
+    assert child.ask({"raise": ""}, 30) == {"failed": "ValueError"}
     assert child.usable
 
 
