@@ -159,6 +159,11 @@ class Nest:
         self._by_name.update({("axis", a.name): a for a in self.axes})
         self._by_name.update({("fused", f.name): f for f in self.fused})
         self._by_name.update({("part", p): f for f in self.fused for p in f.parts})
+        # Of axes and fused ones alike; a search asks for these two a hundred times for each nest.
+        self._by_name.update({("extent", a.name): a.extent for a in self.axes})
+        self._by_name.update({("extent", f.name): f.extent for f in self.fused})
+        self._by_name.update({("reduce", a.name): a.reduce for a in self.axes})
+        self._by_name.update({("reduce", f.name): self.axis(f.parts[0]).reduce for f in self.fused})
 
     def tensor(self, name: str) -> Tensor:
         found: Tensor = self._by_name["tensor", name]
@@ -179,12 +184,13 @@ class Nest:
 
     def extent(self, name: str) -> int | None:
         """The extent of an axis or a fused axis."""
-        fused = self.fused_axis(name)
-        return fused.extent if fused else self.axis(name).extent
+        extent: int | None = self._by_name["extent", name]
+        return extent
 
     def is_reduce(self, name: str) -> bool:
-        fused = self.fused_axis(name)
-        return self.axis(fused.parts[0] if fused else name).reduce
+        """Whether an axis, or what a fused axis is made of, is summed over."""
+        found: bool = self._by_name["reduce", name]
+        return found
 
     def block(self, part: str) -> int:
         """How many values of a part one step of its fused axis stands for: the part's own digits."""

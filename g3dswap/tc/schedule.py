@@ -164,11 +164,10 @@ def _loops(nest: Nest, schedule: Schedule) -> tuple[Loop, ...]:
         raise ScheduleError(f"nest {nest.name} has no axis {min(unknown)!r}, which [{schedule}] splits.")
     counts: dict[int, int | None] = {}
     steps: dict[int, int] = {}
-    for axis in {d.axis for d in schedule.digits}:
-        places = [i for i, d in enumerate(schedule.digits) if d.axis == axis]
-        places = [i for i in places if not schedule.digits[i].phase] + [
-            i for i in places if schedule.digits[i].phase
-        ]
+    own: dict[str, list[int]] = {}
+    for i in sorted(range(len(schedule.digits)), key=lambda i: schedule.digits[i].phase):
+        own.setdefault(schedule.digits[i].axis, []).append(i)  # phases are the least significant digits
+    for axis, places in own.items():
         if any(schedule.digits[i].count is None for i in places[1:]):
             raise ScheduleError(f"only the first digit of {axis} can take the rest in [{schedule}].")
         extent = nest.extent(axis)
