@@ -154,6 +154,8 @@ class Chooser:
             found = [(problem, schedule) for problem in waiting if (schedule := self._expected(problem))]
             if len(found) < 2:
                 return
+            # Beside the one that takes longest the others compile.
+            found.sort(key=lambda item: item[1].warp_lanes, reverse=True)
             # Ranks begin at different places: what one of them has compiled the others find.
             prepare(ranks.rotated(found), BUILD_SECONDS)
 

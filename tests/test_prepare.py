@@ -95,6 +95,17 @@ def test_no_more_than_cores_are_compiled_at_a_time(
     assert compiler.channels == [2, 3, 4]
 
 
+def test_what_compiles_longest_is_begun_first(
+    cache: Cache, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload, "cores", lambda: 1)
+    for problem, lanes, warps in zip(PROBLEMS, (64, 128, 256), (2, 1, 4)):
+        digits = ["n rest grid", f"w {lanes} lanes"]
+        store(cache, problem, schedule={"digits": digits, "fuse": [], "stage": [], "hints": {"warps": warps}})
+    chooser(cache).prepare(WANTED)
+    assert compiler.channels == [3, 4, 2]
+
+
 def test_what_is_decided_is_not_prepared(cache: Cache, compiler: Compiler) -> None:
     one = chooser(cache)
     one.choose(PROBLEMS[0])

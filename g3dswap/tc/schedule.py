@@ -64,6 +64,12 @@ class Schedule:
     def hint(self, name: str, default: int) -> int:
         return dict(self.hints).get(name, default)
 
+    @property
+    def warp_lanes(self) -> float:
+        """Lanes of each warp; those kernels compile longest whose warps have more of them than threads."""
+        lanes = math.prod(d.count or 1 for d in self.digits if d.bind == "lanes")
+        return lanes / self.hint("warps", 1)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "digits": [str(d) for d in self.digits],
