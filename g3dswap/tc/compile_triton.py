@@ -181,8 +181,8 @@ def main(fd: int) -> None:
 
 @functools.cache
 def _coalesce() -> Any:
-    """Triton's own pass of that name."""
-    return triton._C.libtriton.passes.ttgpuir.add_coalesce
+    """Triton's own pass of that name; None where it has none."""
+    return getattr(triton._C.libtriton.passes.ttgpuir, "add_coalesce", None)
 
 
 def _lay_out(wanted: bool) -> None:
@@ -191,8 +191,8 @@ def _lay_out(wanted: bool) -> None:
     The time of this pass grows with the square of the accesses: nine of the 10 s in which a large tile
     compiles.  Where a thread has one element, the order of the lanes is the layout: nothing is to be found.
     """
-    own = _coalesce()
-    triton._C.libtriton.passes.ttgpuir.add_coalesce = own if wanted else lambda manager: None
+    if own := _coalesce():
+        triton._C.libtriton.passes.ttgpuir.add_coalesce = own if wanted else lambda manager: None
 
 
 def _compile(job: Message) -> Message:
