@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -95,6 +96,8 @@ def prepare(found: Sequence[tuple[Problem, Schedule]], timeout: float) -> None:
         problem, schedule = item
         kernel.prepare(comprehensions.nest(problem), schedule, kernel.target_of(problem.device), seconds)
 
+    for target, count in Counter(kernel.target_of(problem.device) for problem, _ in found).items():
+        kernel.expect(target, count)
     for _ in Builds(compile_one, lambda begun: timeout, cores(), []).begin(found):
         pass
 

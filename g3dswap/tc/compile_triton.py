@@ -136,19 +136,35 @@ def _ask_worker(request: Message, timeout: float) -> None:
         raise CompileError(f"Triton cannot compile a kernel: {answer['failed']}")
 
 
+def expect(kernels: int) -> None:
+    """Say how many are about to be asked for: if one has to be compiled, workers for all of them are started.
+
+    A worker takes seconds to start, about as long as it takes to print what the others will ask for.
+    """
+    _workers.expected = min(kernels, cores())
+
+
 class _Workers:
     """The idle workers; there are never more than cores."""
 
     def __init__(self) -> None:
         self.idle: list[Child] = []
         self.places = threading.BoundedSemaphore(cores())
+        self.expected = 0
+        self.starting = threading.Lock()
 
     def take(self) -> Child:
+        with self.starting:
+            expected, self.expected = self.expected, 0
+            self.idle += [self.start() for _ in range(expected - len(self.idle))]
         while self.idle:
             worker = self.idle.pop()
             if worker.usable:
                 return worker
             worker.kill()
+        return self.start()
+
+    def start(self) -> Child:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         # Nothing that it does may touch a device, where a context would cost memory and seconds.
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -158,7 +174,10 @@ class _Workers:
             raise NoCompilerError(str(error)) from error
 
     def give(self, worker: Child) -> None:
-        self.idle.append(worker)
+        if len(self.idle) < cores():
+            self.idle.append(worker)
+        else:  # others were started meanwhile, for those who were expected
+            worker.kill()
 
 
 _workers = _Workers()

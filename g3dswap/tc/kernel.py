@@ -135,6 +135,11 @@ def prepare(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) 
         _RUNTIMES[target].prepare(stage.nest, stage.schedule, stage.source, timeout)
 
 
+def expect(target: str, kernels: int) -> None:
+    """Say how many kernels threads are about to `prepare` at once."""
+    _RUNTIMES[target].expect(kernels)
+
+
 @dataclass(frozen=True)
 class _Stage:
     """A scheduled nest and its source."""

@@ -102,6 +102,10 @@ def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Path
     return path
 
 
+def expect(kernels: int) -> None:
+    """Say how many kernels are about to be prepared: nothing that a C++ compiler could use."""
+
+
 def _first_run_program(command: str) -> Path:
     """The program that runs a kernel for the first time; compiled unless it was before."""
     path = folder() / digest(first_run.SOURCE, version(), *first_run.FLAGS)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CompileError, NoCompilerError, ScheduleError, described
+from . import compile_triton
 from .compile_triton import Job, compiled, dtype_pointers, import_kernel, loaded
 from .nest import Nest
 from .objects import digest, folder, intact, scratch
@@ -64,6 +65,11 @@ def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> None
         _written(source)
     else:
         compiled(_job(nest, schedule, source), timeout)
+
+
+def expect(kernels: int) -> None:
+    """Say how many kernels are about to be prepared."""
+    compile_triton.expect(kernels)
 
 
 def _job(nest: Nest, schedule: Schedule, source: str) -> Job:
