@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -51,15 +52,15 @@ def check_layer(
         twin = _conv(conv, meeting, conv.groups, weight.detach(), bias).eval()
         value = normal(batch, conv.in_channels, *meeting.size)
         value = value.contiguous(memory_format=LAYOUTS[meeting.layout])
-        with native.unsearched():
-            with torch.no_grad():
-                shape = twin(value).shape
-            grad = normal(*shape).contiguous(memory_format=LAYOUTS[meeting.layout])
-            theirs = _passes(twin, value, grad, meeting)
-            # Of input and output, the one whose channels come first in the weight.
-            groups = _affordable(conv, value.shape if conv.transposed else shape, device.type)
-            reference = _reference(conv, groups, weight, bias, value, grad, meeting)
+        with torch.no_grad():
+            shape = native.unsearched(partial(twin, value)).shape
+        grad = normal(*shape).contiguous(memory_format=LAYOUTS[meeting.layout])
+        theirs = native.unsearched(partial(_passes, twin, value, grad, meeting))
         ours = _passes(swap(twin), value, grad, meeting)
+        # Of input and output, the one whose channels come first in the weight.
+        groups = _affordable(conv, value.shape if conv.transposed else shape, device.type)
+        given = weight, bias, value, grad, meeting
+        reference = native.unsearched(partial(_reference, conv, groups, *given))
         if fusion:
             theirs["forward"] = _followed(theirs["forward"], fusion, range(conv.groups), conv.groups)
             reference["forward"] = _followed(reference["forward"], fusion, groups, conv.groups)

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from torch import _C, Tensor
 
 from .errors import ArgumentError
 from .problem import Geometry, Problem, Triple, layer_pass, transposed_size
+
+T = TypeVar("T")
 
 # An error that no candidate has to go below, as ||out - ref|| / ||ref||. A result that is exact but
 # for its rounding to 16 bits has about half the unit roundoff (eps / 2), so that is the floor there.
@@ -124,8 +127,8 @@ def reference(problem: Problem, *tensors: Tensor | None) -> Tensor:
     PyTorch's float64 kernels are the plain ones (unfold and matrix product on a CPU); the tests hold
     them to an independent implementation.
     """
-    with unsearched():
-        return _compute(problem, [None if x is None else x.detach().double().contiguous() for x in tensors])
+    wide = [None if x is None else x.detach().double().contiguous() for x in tensors]
+    return unsearched(partial(_compute, problem, wide))
 
 
 def error(out: Tensor, ref: Tensor) -> float:
@@ -180,19 +183,18 @@ def searching() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def unsearched() -> Iterator[None]:
-    """Without cuDNN's search for its fastest kernels, which takes longer than what runs only once.
+def unsearched(call: Callable[[], T]) -> T:
+    """What a call gives without cuDNN's search for its fastest kernels, which takes longer than one run.
 
     What PyTorch takes for a shape without a search it takes ever after, also where the user wants a search (a
     training step of MedNeXt took 1.6 times as long).  So this runs deterministic kernels, which PyTorch
     remembers apart from the others; and those of a user who wants deterministic ones are searched after all.
     """
-    if deterministic("cuda"):
-        yield
-        return
-    with _cudnn(False, True):
-        yield
+    if not deterministic("cuda"):
+        # Where there is no deterministic one for a shape, PyTorch says so.
+        with _cudnn(False, True), contextlib.suppress(RuntimeError):
+            return call()
+    return call()
 
 
 @contextlib.contextmanager

@@ -158,8 +158,9 @@ def quick_check(candidate: Candidate, bound: float | None = None, seed: int = 1)
     operands = native.random_operands(problem, batch, seed)
     sample = Sample(problem, operands, QUICK_PART)
     if bound is None:
-        with torch.no_grad(), native.switches(problem), native.unsearched():
-            own = native.error(sample.of(native.run(problem, *operands)), sample.reference)
+        with torch.no_grad(), native.switches(problem):
+            theirs = native.unsearched(partial(native.run, problem, *operands))
+        own = native.error(sample.of(theirs), sample.reference)
         bound = max(2 * own, native.FLOORS[problem.dtype])
     else:
         ceiling = CEILINGS.get(problem.dtype, FP32_CEILINGS[problem.precision])

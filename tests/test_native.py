@@ -334,6 +334,21 @@ def test_the_reference_searches_for_no_kernel(
     assert seen[-1] == (True, True)
 
 
+def test_where_no_deterministic_kernel_is_another_runs(cudnn: Callable[..., tuple[bool, bool]]) -> None:
+    seen = []
+
+    def call() -> str:
+        seen.append(cudnn())
+        if seen[-1][1]:
+            raise RuntimeError("unable to find an engine")
+        return "found"
+
+    cudnn(True, False)
+    assert native.unsearched(call) == "found" and seen == [(False, True), (True, False)]
+    with pytest.raises(RuntimeError, match="unable to find an engine"):
+        native.unsearched(lambda: native.unsearched(call) if cudnn(True, True) else None)
+
+
 def test_only_pytorchs_kernels_are_checked_with_other_switches(
     monkeypatch: pytest.MonkeyPatch, cudnn: Callable[..., tuple[bool, bool]]
 ) -> None:
