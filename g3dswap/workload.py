@@ -96,10 +96,15 @@ def prepare(found: Sequence[tuple[Problem, Schedule]], timeout: float) -> None:
         problem, schedule = item
         kernel.prepare(comprehensions.nest(problem), schedule, kernel.target_of(problem.device), seconds)
 
-    for target, count in Counter(kernel.target_of(problem.device) for problem, _ in found).items():
+    targets = Counter(kernel.target_of(problem.device) for problem, _ in found)
+    for target, count in targets.items():
         kernel.expect(target, count)
-    for _ in Builds(compile_one, lambda begun: timeout, cores(), []).begin(found):
-        pass
+    try:
+        for _ in Builds(compile_one, lambda begun: timeout, cores(), []).begin(found):
+            pass
+    finally:
+        for target in targets:
+            kernel.expect(target, 0)
 
 
 def tuning_batch(problem: Problem, batch: int) -> int:

@@ -137,7 +137,7 @@ def _ask_worker(request: Message, timeout: float) -> None:
 
 
 def expect(kernels: int) -> None:
-    """Say how many are about to be asked for: if one has to be compiled, workers for all of them are started.
+    """Say how many are asked for at once: if one has to be compiled, workers for all of them are started.
 
     A worker takes seconds to start, about as long as it takes to print what the others will ask for.
     """

@@ -136,7 +136,7 @@ def prepare(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) 
 
 
 def expect(target: str, kernels: int) -> None:
-    """Say how many kernels threads are about to `prepare` at once."""
+    """Say how many kernels threads are about to `prepare` at once; 0 when they are through."""
     _RUNTIMES[target].expect(kernels)
 
 
