@@ -22,7 +22,7 @@ import torch
 
 from . import once, ranks
 from .choice import Choice, Record
-from .errors import ArgumentError, NoCompilerError, ScheduleError, described
+from .errors import ArgumentError, NoCompilerError, ScheduleError
 from .guessed import Guesses
 from .once import warn_once
 from .problem import Problem
@@ -32,7 +32,7 @@ from .stored import EFFORTS, Options, Stored, close_caches, key_of, open_cache
 from .tc import kernel
 from .tc.cache import Cache, default_directory
 from .tc.schedule import Schedule
-from .tc.trial import TunerConfig
+from .tc.trial import TunerConfig, brief
 from .workload import Candidate, attempt, prepare, race, tuning_batch
 
 CONFIGS = {"quick": TunerConfig.quick, "full": TunerConfig.full}
@@ -356,7 +356,7 @@ class Chooser:
         except torch.OutOfMemoryError:
             return stored
         except Exception as error:
-            self._refuse(candidate.problem, stored.source, described(error))
+            self._refuse(candidate.problem, stored.source, brief(error))
             return None
 
     def _checked(
@@ -384,7 +384,7 @@ class Chooser:
         except NoCompilerError:
             raise
         except Exception as error:
-            why = described(error)
+            why = brief(error)
             warn_once(
                 "tuning failed", f"PyTorch's own kernel runs {problem}, because tuning it failed: {why}"
             )

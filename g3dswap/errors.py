@@ -7,8 +7,6 @@ derives from it as well.
 
 from __future__ import annotations
 
-MOST_CHARACTERS = 200  # of a foreign message that one of ours repeats
-
 
 class G3DSwapError(Exception):
     """Base of every error that g3dswap raises on purpose."""
@@ -87,7 +85,7 @@ def first_line(error: BaseException, otherwise: str = "") -> str:
     return (str(error).strip().splitlines() or [otherwise])[0]
 
 
-def described(error: BaseException) -> str:
-    """An exception in one short line, with its class."""
-    first = first_line(error)[:MOST_CHARACTERS].rstrip(".")
+def described(error: BaseException, most: int | None = None) -> str:
+    """An exception in one line, with its class; of its message so many characters at most."""
+    first = first_line(error)[:most].rstrip(".")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

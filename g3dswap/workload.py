@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import comprehensions, native
-from .errors import NoCompilerError, described
+from .errors import NoCompilerError
 from .problem import Problem
 from .tc import kernel, timing
 from .tc.builds import Builds, cores
@@ -27,7 +27,7 @@ from .tc.kernel import Kernel
 from .tc.schedule import Schedule
 from .tc.space import Space
 from .tc.timing import Timing
-from .tc.trial import Check
+from .tc.trial import Check, brief
 
 Operands = Sequence[Tensor | None]
 
@@ -189,7 +189,7 @@ def attempt(
     except NoCompilerError:
         raise
     except Exception as error:
-        return None, described(error)
+        return None, brief(error)
     if check.passed:
         return candidate, ""
     return None, f"its error {check.error:.3g} exceeds {check.bound:.3g}"

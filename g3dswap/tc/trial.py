@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from ..errors import ProcessError, ScheduleError
+from ..errors import ProcessError, ScheduleError, described
 from .builds import cores
 from .timing import Timing
 
@@ -21,6 +21,7 @@ RUN_ERROR = "run-error"
 WRONG_RESULT = "wrong-result"
 SLOW_PRUNED = "slow-pruned"
 CATEGORIES = (OK, ILLEGAL, COMPILE_ERROR, COMPILE_TIMEOUT, RUN_ERROR, WRONG_RESULT, SLOW_PRUNED)
+MOST_CHARACTERS = 200  # of an exception's message that a record keeps
 
 S = TypeVar("S", bound=Hashable)  # a schedule
 C = TypeVar("C")  # a candidate: something that runs
@@ -203,3 +204,8 @@ def category(error: BaseException) -> str:
     if isinstance(error, timeouts) or isinstance(error.__cause__, timeouts):
         return COMPILE_TIMEOUT
     return COMPILE_ERROR
+
+
+def brief(error: BaseException) -> str:
+    """An exception as a record keeps it: in one short line."""
+    return described(error, MOST_CHARACTERS)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic
 
-from ..errors import NoCompilerError, described
+from ..errors import NoCompilerError
 from .builds import Builds, Wave, cores
 from .timing import Timing
 from .trial import (
@@ -33,6 +33,7 @@ from .trial import (
     Trial,
     TunerConfig,
     Workload,
+    brief,
     category,
     seconds_of,
 )
@@ -194,7 +195,7 @@ class _Search(Generic[S, C]):
             if isinstance(candidate, NoCompilerError):
                 raise candidate
             if isinstance(candidate, BaseException):
-                trial = Trial(schedule, category(candidate), generation, detail=described(candidate))
+                trial = Trial(schedule, category(candidate), generation, detail=brief(candidate))
             else:
                 began = self.elapsed
                 trial = self.measure(schedule, candidate, generation)
@@ -213,7 +214,7 @@ class _Search(Generic[S, C]):
                 return trial
             check = self.workload.check(candidate)
         except Exception as error:
-            return Trial(schedule, RUN_ERROR, generation, detail=described(error))
+            return Trial(schedule, RUN_ERROR, generation, detail=brief(error))
         if not check.passed:
             detail = f"error {check.error:.3g}, bound {check.bound:.3g}"
             return replace(trial, category=WRONG_RESULT, check=check, detail=detail)
@@ -253,7 +254,7 @@ class _Search(Generic[S, C]):
                 timings[trial] = outcome
                 again = _retimed(trial, outcome)
             else:
-                again = replace(trial, category=RUN_ERROR, detail=described(outcome))
+                again = replace(trial, category=RUN_ERROR, detail=brief(outcome))
             self.trials[self.trials.index(trial)] = again
         # If none got through this, those behind them compete.
         return (self.winner(timings), baseline) if timings else self.final(baseline)

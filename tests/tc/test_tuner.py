@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from g3dswap.errors import CompileError, NoCompilerError, ScheduleError
+from g3dswap.errors import CompileError, NoCompilerError, ScheduleError, described
 from g3dswap.tc import builds, trial
 from g3dswap.tc.builds import cores
 from g3dswap.tc.timing import Timing
-from g3dswap.tc.trial import Check, Progress, Result, TunerConfig
+from g3dswap.tc.trial import MOST_CHARACTERS, Check, Progress, Result, TunerConfig, brief
 from g3dswap.tc.tuner import tune
 
 Point = tuple[int, int]
@@ -475,3 +475,11 @@ def test_where_everything_is_slow_evolution_goes_on_from_the_least_slow() -> Non
     result = search(Fake(baseline_seconds=0.5))
     assert result.best and result.best.schedule == (9, 5) and result.counts["ok"] == 1
     assert result.seconds == 1.0 and result.baseline.seconds == 0.5
+
+
+def test_a_record_cuts_a_message_short_and_an_error_does_not() -> None:
+    long = "word " * MOST_CHARACTERS + "end"
+    error = ValueError(f"\n{long}.\nand a trace")
+    assert brief(error) == f"ValueError: {long[:MOST_CHARACTERS]}"
+    assert described(error) == f"ValueError: {long}"
+    assert described(ValueError()) == brief(ValueError()) == "ValueError"
