@@ -151,17 +151,17 @@ class _Workers:
         self.idle: list[Child] = []
         self.places = threading.BoundedSemaphore(cores())
         self.expected = 0
-        self.starting = threading.Lock()
+        self.taking = threading.Lock()
 
     def take(self) -> Child:
-        with self.starting:
+        with self.taking:  # or two threads would want the last idle one
             expected, self.expected = self.expected, 0
             self.idle += [self.start() for _ in range(expected - len(self.idle))]
-        while self.idle:
-            worker = self.idle.pop()
-            if worker.usable:
-                return worker
-            worker.kill()
+            while self.idle:
+                worker = self.idle.pop()
+                if worker.usable:
+                    return worker
+                worker.kill()
         return self.start()
 
     def start(self) -> Child:
