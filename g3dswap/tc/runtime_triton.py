@@ -108,7 +108,6 @@ def _is_single(nest: Nest, threads: int) -> bool:
 
 def _written(source: str) -> Path:
     """The file of a printed module in the folder of compiled objects, where its kernel is imported from."""
-    require()
     path = folder() / f"{digest(source, version())}.py"
     if not intact(path):
         with scratch(path) as made:

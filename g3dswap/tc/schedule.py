@@ -68,7 +68,7 @@ class Schedule:
     def warp_lanes(self) -> float:
         """Lanes of each warp; those kernels compile longest whose warps have more of them than threads."""
         lanes = math.prod(d.count or 1 for d in self.digits if d.bind == "lanes")
-        return lanes / self.hint("warps", 1)
+        return lanes / self.hint("warps", 4)
 
     def to_json(self) -> dict[str, Any]:
         return {
