@@ -54,9 +54,12 @@ def interpret(nest: Nest, arrays: Mapping[str, Floats], batch: int = 1) -> Float
         np.add.at(
             result, tuple(np.broadcast_arrays(*target, value)[:-1]), np.broadcast_arrays(*target, value)[-1]
         )
+    result = result.sum(axis=tuple(range(len(nest.replicas))))
+    indices = nest.output.indices[len(nest.replicas) :]
     whole = {
-        a: np.arange(e).reshape([-1 if i == d else 1 for i in range(result.ndim)])
-        for d, (a, e) in enumerate(zip((i.terms[0][0] for i in nest.output.indices), result.shape))
+        index.terms[0][0]: np.arange(e).reshape([-1 if i == d else 1 for i in range(result.ndim)])
+        for d, (index, e) in enumerate(zip(indices, result.shape))
+        if len(index.terms) == 1
     }
     for addend in nest.addends:
         index, inside = _locate(nest, addend, whole, batch)

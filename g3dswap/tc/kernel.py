@@ -91,8 +91,8 @@ class Kernel:
 
     @functools.cached_property
     def _partial_counts(self) -> tuple[int | None, ...] | None:
-        """The counts of the grid's reduction loops, None without any."""
-        return tuple(self.nest.loops[i].count for i in self.nest.partial_loops) or None
+        """The counts of what makes partial results, None without any."""
+        return self.nest.partial_counts or None
 
     @functools.cached_property
     def _batch_source(self) -> tuple[int, int] | None:
@@ -166,7 +166,8 @@ def _printed(nest: Nest, schedule: Schedule, target: str) -> tuple[_Stage, ...]:
     scheduled = apply(nest, schedule)
     if target == "cpp":
         return (_Stage(scheduled, schedule, print_cpp(scheduled)),)
-    stages = [_Stage(scheduled, schedule, print_triton(scheduled, schedule.hint("ahead", 0)))]
+    source = print_triton(scheduled, schedule.hint("ahead", 0), bool(schedule.hint("across", 0)))
+    stages = [_Stage(scheduled, schedule, source)]
     second = totals.total(scheduled)
     if second is not None:
         summing = apply(*second)

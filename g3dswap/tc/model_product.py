@@ -72,7 +72,7 @@ def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
     chain = runs * (STEP[pipelined] + tiles * TILE + loads * LOAD)
     total = runs * programs / (min(PROCESSORS, programs) * CYCLES)
     matrix = tile.terms * rows * cols * depth / MATRIX[size]
-    partials = math.prod(counts[i] for i in nest.partial_loops) * (nest.partial_loops != ())
+    partials = math.prod(counts[i] for i in nest.partial_loops) * (nest.partial_counts != ())
     out = math.prod(e or batch for e in nest.tensor(nest.output.tensor).shape)
     moved = sum(math.prod(e or batch for e in t.shape) for t in nest.tensors) * size + partials * out * 8
     spilled = max(1.0, registers / 255) ** 2

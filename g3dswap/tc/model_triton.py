@@ -80,7 +80,7 @@ def cost(nest: Nest, warps: int = 4, batch: int = 4) -> float:
     resident = max(1.0, min(64 // warps, REGISTERS // (registers * WARP * warps), 32))
     busy = min(1.0, programs / PROCESSORS)
     waves = max(1.0, programs / (PROCESSORS * resident))
-    partials = math.prod(counts[i] for i in nest.partial_loops) * (nest.partial_loops != ())
+    partials = math.prod(counts[i] for i in nest.partial_loops) * (nest.partial_counts != ())
     out = math.prod(e or batch for e in nest.tensor(nest.output.tensor).shape)
     elements = sum(math.prod(e or batch for e in t.shape) for t in nest.tensors)
     traffic = elements * ITEM_BYTES[nest.tensors[0].dtype] + partials * out * 8

@@ -13,6 +13,8 @@ The whole grammar::
                 for the output, not written there
     index   ::= (sum coefficient * axis + offset) / divisor
                 an inexact division or an index outside its tensor makes the whole term zero
+                (of the output: not written); the output's indices tell all parallel axes
+    replica ::= parallel axis, a first dimension of the output along which partial results are summed later
     loop    ::= axis-digit = step * [0, count)  bind      grid | serial | unroll | lanes | rows | cols | depth
     stage   ::= tensor inside loops[:level]               copy the footprint of the inner loops to a buffer
     pointwise ::= number | output(index, ...)             operators and functions as in the notation
@@ -21,7 +23,8 @@ The whole grammar::
 An axis's value is the sum of its digits.  Digits may overshoot the extent (the product of counts is a
 multiple of the tile); such iterations contribute nothing and store nothing.  `unroll`, `lanes` and the
 three axes of a matrix product form the register tile, and all of them stand at the end of `loops`; an
-`unroll` further out repeats the code.  A reduction on the grid leaves partial results, of which no function
+`unroll` further out repeats the code.  A side of a product has one loop, and a second one where it runs
+along blocks of a part.  A reduction on the grid leaves partial results, of which no function
 is to be taken: a nest with pointwise expressions has none.  An unscheduled nest has one serial loop for
 each axis.
 """
@@ -36,11 +39,12 @@ from typing import Any
 from ..errors import NestError
 from .linear import Linear
 from .pointwise import fault
-from .syntax import Expr
+from .syntax import Expr, Name, Ref
 
 BINDS = ("grid", "serial", "unroll", "lanes", "rows", "cols", "depth")
 TILE_BINDS = ("unroll", "lanes", "rows", "cols", "depth")
-VECTOR_BINDS = ("lanes", "rows", "cols", "depth")
+SIDE_BINDS = ("rows", "cols", "depth")
+VECTOR_BINDS = ("lanes", *SIDE_BINDS)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,11 @@ class Tensor:
     shape: tuple[int | None, ...]
     strides: tuple[int, ...]
     dtype: str
+
+    def repeated(self, count: int) -> Tensor:
+        """So many of these tensors behind each other, each without gaps."""
+        size = math.prod(extent for extent in self.shape if extent is not None)
+        return replace(self, shape=(count, *self.shape), strides=(size, *self.strides))
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,7 @@ class Nest:
     fused: tuple[Fused, ...] = ()
     stages: tuple[Stage, ...] = ()
     precision: str = "ieee"
+    replicas: tuple[str, ...] = ()
     _by_name: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -235,6 +245,12 @@ class Nest:
         """The reduction loops that are mapped to the grid; each of their steps makes a partial result."""
         return tuple(i for i, p in enumerate(self.loops) if p.bind == "grid" and self.is_reduce(p.axis))
 
+    @property
+    def partial_counts(self) -> tuple[int | None, ...]:
+        """How many partial results there are of each element, by what makes them; (): sums are whole."""
+        grid = tuple(self.loops[i].count for i in self.partial_loops)
+        return (*grid, *(self.extent(name) for name in self.replicas))
+
     def stage_of(self, tensor: str) -> Stage | None:
         return next((s for s in self.stages if s.tensor == tensor), None)
 
@@ -291,21 +307,44 @@ def verify(nest: Nest) -> Nest:
             _require(index.axes <= set(names), nest, "{} uses an axis that is not one of {}", access, names)
             _require(index.divisor > 0, nest, "{} divides by {}", access, index.divisor)
         _require(access.axes <= set(names), nest, "{} ties an axis that is not one of {}", access, names)
-    for index in nest.output.indices:
-        _require(
-            len(index.terms) == 1 and index.is_axis(index.terms[0][0]),
-            nest,
-            "output index {} is no axis",
-            index,
-        )
     for access in (*nest.addends, nest.output):
         _require(not any(nest.axis(a).reduce for a in access.axes), nest, "{} depends on a reduction", access)
     parallel = {a.name for a in nest.axes if not a.reduce}
     _require(nest.output.axes == parallel, nest, "the output is not indexed by exactly the parallel axes")
+    told = _told(nest)
+    _require(told >= parallel, nest, "the output's indices do not tell {}", sorted(parallel - told))
+    for index, name in zip(nest.output.indices, nest.replicas):
+        _require(index.is_axis(name), nest, "{} is no replica of the output", name)
+    _require(not (nest.replicas and nest.addends), nest, "an addend of a sum that is left in parts")
     for expr in nest.pointwise:
-        wrong = fault(expr, str(replace(nest.output, ties=())))
+        wrong = fault(expr, str(result_of(nest.output)))
         _require(wrong is None, nest, "{}", wrong)
     return verify_loops(nest)
+
+
+def _told(nest: Nest) -> set[str]:
+    """The axes that an element of the output tells the values of: no two steps of them write to the same."""
+    told: set[str] = set()
+    while True:
+        before = len(told)
+        for index in nest.output.indices:
+            # Digits of a number: the step of each is beyond what the smaller ones reach together.
+            own = [(name, abs(c)) for name, c in index.terms if name not in told]
+            reach = 0.0
+            for step, extent in sorted((c, nest.extent(name) or math.inf) for name, c in own):
+                if step <= reach:
+                    break
+                reach += step * (extent - 1)
+            else:
+                told.update(name for name, _ in own)
+        told.update(name for tie in nest.output.ties if told & {*tie} for name in tie)
+        if len(told) == before:
+            return told
+
+
+def result_of(output: Access) -> Ref:
+    """The element of the output that an iteration adds to, as pointwise expressions refer to it."""
+    return Ref(output.tensor, tuple(Name(str(index)) for index in output.indices))
 
 
 def verify_loops(nest: Nest) -> Nest:
@@ -332,7 +371,7 @@ def verify_loops(nest: Nest) -> Nest:
     )
     for name in looped:
         _verify_digits(nest, name)
-    whole = not nest.pointwise or not nest.partial_loops
+    whole = not nest.pointwise or not nest.partial_counts
     _require(whole, nest, "a pointwise expression of a sum that is split over the grid")
     grids = sum(loop.bind == "grid" for loop in nest.loops)
     start, accumulate = nest.tile_start, nest.accumulate_from
@@ -393,13 +432,30 @@ def _verify_blocks(nest: Nest, parts: list[str]) -> None:
     """Check the digits that parts of fused axes have of their own."""
     step: dict[str, int] = {}
     for loop in reversed([loop for loop in nest.loops if loop.axis in parts]):
-        _require(loop.bind == "unroll" and loop.count is not None, nest, "a block of {} is bound", loop.axis)
+        fused = nest.fusion_of(loop.axis)
+        sides = [p.bind for p in nest.loops if fused and p.axis == fused.name and p.bind in SIDE_BINDS]
+        free = loop.bind == "unroll" or loop.bind in sides
+        _require(free and loop.count is not None, nest, "a block of {} is bound", loop.axis)
         whole = loop.step == step.get(loop.axis, 1)
         _require(whole, nest, "the digits of {} overlap or leave gaps", loop.axis)
         step[loop.axis] = loop.step * (loop.count or 1)
 
 
 def _require_ended(nest: Nest, axis: str) -> None:
-    """Overshoot of a reduction must add nothing: a factor that is indexed by the axis alone is zero there."""
-    ended = {i.terms[0][0] for a in nest.factors for i in a.indices if len(i.terms) == 1 and i.divisor == 1}
-    _require(axis in ended, nest, "nothing ends the reduction {}", axis)
+    """Overshoot of a reduction must add nothing: past its end, an index of a factor is outside its tensor."""
+    indices = ((i, e) for f in nest.factors for i, e in zip(f.indices, nest.tensor(f.tensor).shape))
+    ended = any(axis in i.axes and e is not None and _outside(nest, axis, i, e) for i, e in indices)
+    _require(ended, nest, "nothing ends the reduction {}", axis)
+
+
+def _outside(nest: Nest, axis: str, index: Index, extent: int) -> bool:
+    """Whether an index is outside an extent wherever an axis is past its end."""
+    own, low, high = index.coefficient(axis), index.offset, index.offset
+    for name, coefficient in index.terms:
+        others = nest.axis(name).extent
+        if others is None:
+            return False
+        reach = coefficient * (others - 1) if name != axis else coefficient * others
+        low += min(reach, 0) if name != axis else reach
+        high += max(reach, 0) if name != axis else reach
+    return low >= extent * index.divisor if own > 0 else high < 0

@@ -16,9 +16,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..errors import ScheduleError
-from .nest import Access, Axis, Index, Nest, Tensor, verify
+from .nest import Access, Axis, Index, Nest, Tensor, result_of, verify
 from .pointwise import redirected
-from .syntax import Name, Ref
 
 
 def inner_name(axis: str) -> str:
@@ -62,7 +61,6 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
     accesses = {a.tensor: a for a in nest.accesses}
     tensors = tuple(_split_tensor(t, accesses[t.name], axis, count) for t in nest.tensors)
     addends = tuple(_split(a, axis) for a in nest.addends)
-    result = Ref(output.tensor, tuple(Name(index.terms[0][0]) for index in output.indices))
     changed = replace(
         nest,
         tensors=tensors,
@@ -70,7 +68,7 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
         factors=tuple(factors),
         output=output,
         addends=addends,
-        pointwise=tuple(redirected(expr, result) for expr in nest.pointwise),
+        pointwise=tuple(redirected(expr, result_of(output)) for expr in nest.pointwise),
         _by_name={},
     )
     return verify(changed.unscheduled())
@@ -78,8 +76,14 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
 
 def image_of(nest: Nest) -> int:
     """Which factor is read at shifted positions: the first such, or the first of all if none is."""
-    shifted = (any(len(i.terms) > 1 or i.divisor > 1 for i in f.indices) for f in nest.factors)
+    shifted = (any(is_shifted(index) for index in f.indices) for f in nest.factors)
     return next((place for place, found in enumerate(shifted) if found), 0)
+
+
+def is_shifted(index: Index) -> bool:
+    """Whether an index adds axes, other than those that one axis was split into, or divides."""
+    (first, _), *rest = index.terms or (("", 0),)
+    return index.divisor > 1 or [name for name, _ in rest] not in ([], [inner_name(first)])
 
 
 def _neighbour(nest: Nest, access: Access, axis: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from .linear import Linear
@@ -42,6 +42,11 @@ class Spot:
     exact: tuple[tuple[Linear, int], ...]
     run: Guard | None = None
 
+    @property
+    def forms(self) -> tuple[Linear, ...]:
+        """What its address and its conditions are made of."""
+        return self.address, *(guard.value for guard in self.guards), *(rest for rest, _ in self.exact)
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -49,6 +54,17 @@ class Spot:
     def _hash(self) -> int:
         """Worked out once: a spot of a tile is looked up at many of its points."""
         return hash((self.tensor, self.address, self.guards, self.exact))
+
+
+def fixed(spot: Spot, env: Env) -> Spot:
+    """The same spot where these variables have these values."""
+
+    def at(guard: Guard) -> Guard:
+        return replace(guard, value=resolve(guard.value, env))
+
+    exact = tuple((resolve(rest, env), divisor) for rest, divisor in spot.exact)
+    run = at(spot.run) if spot.run is not None else None
+    return Spot(spot.tensor, resolve(spot.address, env), tuple(map(at, spot.guards)), exact, run)
 
 
 class _Memo(Generic[T]):

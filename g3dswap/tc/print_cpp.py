@@ -50,6 +50,8 @@ class _Printer(CopyPrinter):
             raise ScheduleError(f"C++ has one axis of lanes and no matrix unit, not [{', '.join(binds)}].")
         if tied := [access for access in nest.accesses if access.ties]:
             raise ScheduleError(f"C++ has no packed axes, but {tied[0]} has one; leave it unpacked.")
+        if any(len(index.terms) > 1 for index in nest.output.indices):
+            raise ScheduleError(f"C++ has no skewed axes, but writes {nest.output}; leave it unskewed.")
         if blocked := [part for fused in nest.fused for part in fused.parts if nest.block(part) > 1]:
             raise ScheduleError(f"C++ flattens whole axes, but {blocked[0]} has digits of its own.")
         self.width = next((p.count or 1 for p in nest.loops if p.bind == "lanes"), 1)

@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterator
 
 from ..errors import ScheduleError
-from .nest import VECTOR_BINDS, Access, Loop, Nest
+from .nest import SIDE_BINDS, VECTOR_BINDS, Access, Loop, Nest
+from .operands import Operands
 from .place import Env
 from .place_nd import Spot
 from .pointwise_triton import pointwise_triton
-from .triton_text import Expressions, parts
+from .triton_text import WORDS, Expressions, parts
 from .words import Word, word
 
 MAX_TERMS = 2000
@@ -29,17 +30,18 @@ MIN_DOT = 16
 Key = tuple[int, ...]
 
 
-def print_triton(nest: Nest, ahead: int = 0) -> str:
+def print_triton(nest: Nest, ahead: int = 0, across: bool = False) -> str:
     """The source text of a module with one function, ``kernel(*operands, out, batch)``.
 
-    ahead: how many loads are begun before the matrix products of earlier ones.
+    ahead:  how many loads are begun before the matrix products of earlier ones.
+    across: whether neighbouring lanes load the words of neighbouring blocks of an operand, or of one block.
     It is to be launched on one program for each step of the grid loops, in one dimension.
 
     ScheduleError: the schedule has no meaning for this target (stages, lanes that are no power of two,
     a matrix product of float64, ...).
     """
     _check(nest)
-    return _Printer(nest, ahead).print()
+    return _Printer(nest, ahead, across).print()
 
 
 def _check(nest: Nest) -> None:
@@ -51,29 +53,30 @@ def _check(nest: Nest) -> None:
         count = p.count or 0
         if count & (count - 1):
             raise ScheduleError(f"{count} {p.bind} of {p.axis} are no power of two; a tile's sides must be.")
-    binds = [p.bind for p in vectors]
-    if set(binds) - {"lanes"}:
-        if sorted(binds) != ["cols", "depth", "rows"]:
+    if {p.bind for p in vectors} - {"lanes"}:
+        binds = [p.bind for p in vectors if nest.fusion_of(p.axis) is None]
+        if sorted(binds) != sorted(SIDE_BINDS):
             raise ScheduleError(f"a matrix product has one loop each of rows, cols and depth, not {binds}.")
-        _check_dot(nest, vectors)
-    sides = [p.count or 1 for p in vectors]
-    tiles = itertools.combinations(sides, 2) if "depth" in binds else [sides]
-    size = max(map(math.prod, tiles))
+        lengths = [math.prod(p.count or 1 for p in vectors if p.bind == bind) for bind in SIDE_BINDS]
+        _check_dot(nest, vectors, dict(zip(SIDE_BINDS, lengths)))
+        size = max(map(math.prod, itertools.combinations(lengths, 2)))
+    else:
+        size = math.prod(p.count or 1 for p in vectors)
     if size > MAX_TILE:
         raise ScheduleError(f"a tile of {size} elements is too large; use at most {MAX_TILE}.")
 
 
-def _check_dot(nest: Nest, loops: list[Loop]) -> None:
+def _check_dot(nest: Nest, loops: list[Loop], lengths: dict[str, int]) -> None:
     dtype = nest.tensors[0].dtype
     if dtype == "float64" or len(nest.factors) != 2:
         raise ScheduleError(f"no matrix unit multiplies {len(nest.factors)} factors of {dtype}; use lanes.")
     for p in loops:
-        if (p.count or 0) < MIN_DOT:
-            raise ScheduleError(f"{p.count} {p.bind} of {p.axis} are too few; use {MIN_DOT} or more.")
+        if lengths[p.bind] < MIN_DOT:
+            raise ScheduleError(f"{lengths[p.bind]} {p.bind} of {p.axis} are too few; use {MIN_DOT} or more.")
         if nest.is_reduce(p.axis) != (p.bind == "depth"):
             kind = "a reduction" if p.bind == "depth" else "a parallel axis"
             raise ScheduleError(f"{p.bind} run along {p.axis}, but must run along {kind}.")
-    axes = {p.bind: parts(nest, p.axis) for p in loops}
+    axes = {p.bind: parts(nest, p.axis) for p in loops if nest.fusion_of(p.axis) is None}
     used = [sorted(bind for bind, own in axes.items() if own & factor.axes) for factor in nest.factors]
     if sorted(used) != [["cols", "depth"], ["depth", "rows"]]:
         raise ScheduleError(
@@ -82,9 +85,10 @@ def _check_dot(nest: Nest, loops: list[Loop]) -> None:
 
 
 class _Printer:
-    def __init__(self, nest: Nest, ahead: int) -> None:
+    def __init__(self, nest: Nest, ahead: int, across: bool) -> None:
         self.nest = nest
         self.ahead = ahead
+        self.across = across
         self.write = Expressions(nest)
         self.text = self.write.text
         self.spot = self.write.spotter.spot
@@ -94,8 +98,9 @@ class _Printer:
         self.vectors = self.write.vectors
         self.sums = [d for v, d in self.write.dims.items() if nest.is_reduce(self.vectors[v].axis)]
         self.roles = self._roles()
-        binds = ("rows", "cols") if self.write.dot else ("lanes",)
-        self.sides = [p.count or 1 for bind in binds for p in self.vectors.values() if p.bind == bind]
+        self.operands = Operands(self.write, self.dtype)
+        lanes = [p.count or 1 for p in self.vectors.values()]
+        self.sides = [self.operands.lengths[b] for b in ("rows", "cols")] if self.write.dot else lanes
         self.terms = 0
 
     def _roles(self) -> list[str]:
@@ -165,21 +170,41 @@ class _Printer:
 
     def loaded(self, prefix: str, spot: Spot, role: str, condition: str) -> str:
         """The name of a load that may share its instruction with others."""
-        found = None if role or condition or not self.write.reach(spot.address) else word(spot, self.dtype)
+        if role:
+            wide = self.operands.words(spot, role)
+            if wide is not None:
+                return self.text.define(
+                    prefix, self.operands.unpacked(wide, self.read_words(wide, role), role)
+                )
+            return self.read(prefix, spot, role, condition)
+        found = None if condition or not self.write.reach(spot.address) else word(spot, self.dtype)
         if found is not None:
             wide, place = found
-            whole = self.read("w", wide.spot, "", "", self.text.variable(*wide.base))
-            return self.text.define(prefix, wide.element(whole, place))
+            return self.text.define(prefix, wide.element(self.read_words(wide), place))
         return self.read(prefix, spot, role, condition)
+
+    def begin(self, prefix: str, spot: Spot, role: str) -> None:
+        """Load what a later product takes; words stay words until then."""
+        wide = self.operands.words(spot, role) if role else None
+        if wide is None:
+            self.load(prefix, spot, role)
+        else:
+            self.read_words(wide, role)
+
+    def read_words(self, wide: Word, role: str = "") -> str:
+        """The name of one load instruction of words."""
+        return self.read("w", wide.spot, role and role + WORDS, "", self.text.variable(*wide.base))
 
     def read(self, prefix: str, spot: Spot, role: str, condition: str, base: str = "") -> str:
         """The name of one load instruction; a word, which `base` points to, is not converted."""
         pointer = self.write.pointer(spot, role, base=base)
         mask, reach = self.write.mask(spot, role)
         if role:
-            side = "rows" if role == "a" else "cols"
-            reach |= {v for v, p in self.vectors.items() if p.bind in (side, "depth")}
+            reach |= self.operands.variables(role)
         pointer = self.spread(pointer, spot, role, reach)
+        if role.endswith(WORDS) and self.across:
+            # Triton gives neighbouring lanes what it knows to be consecutive, else the first dimension.
+            pointer = f"tl.max_contiguous({pointer}, (1, 1))"
         mask = " & ".join(m for m in (condition, mask) if m)
         other = "0" if base else "0.0"
         text = f"tl.load({pointer}, mask={mask}, other={other})" if mask else f"tl.load({pointer})"
@@ -263,7 +288,7 @@ class _Printer:
         for i, spot in enumerate(order):
             # Nothing is loaded past the barriers of a matrix product, so loads are begun some products ahead.
             for later in order[i + 1 : i + 1 + self.ahead]:
-                self.load("x", later, self.roles[stream])
+                self.begin("x", later, self.roles[stream])
             for key, spots in uses[spot]:
                 self.multiply(self.name(key), [self.load("x", s, r) for s, r in zip(spots, self.roles)])
 
@@ -292,7 +317,7 @@ class _Printer:
             spot = self.spot(self.nest.output, point)
             assert spot is not None
             value = self.total(self.name(key), point)
-            tiled = self.write.reach(spot.address) and not self.sums and not self.nest.partial_loops
+            tiled = self.write.reach(spot.address) and not self.sums and not self.nest.partial_counts
             found = word(spot, self.result) if tiled else None
             if found is None:
                 single.append((spot, value))
@@ -305,7 +330,7 @@ class _Printer:
             text = whole.text([elements[place][1] for place in range(whole.width)])
             self.write_out(whole.spot, text, self.text.variable(*whole.base))
         for spot, value in single:
-            if not self.nest.partial_loops and self.result != self.compute:
+            if not self.nest.partial_counts and self.result != self.compute:
                 value = f"{value}.to(tl.{self.result})"
             self.write_out(spot, value)
 

@@ -79,7 +79,7 @@ def _job(nest: Nest, schedule: Schedule, source: str) -> Job:
     result = nest.tensor(nest.output.tensor).dtype
     compute = "float64" if result == "float64" else "float32"
     dtypes = [nest.tensor(name).dtype for name in nest.operands]
-    dtypes.append(compute if nest.partial_loops else result)
+    dtypes.append(compute if nest.partial_counts else result)
     with _target_lock:
         found = triton.runtime.driver.active.get_current_target()
     options = {"num_warps": schedule.hint("warps", 4), "num_stages": schedule.hint("stages", 2)}

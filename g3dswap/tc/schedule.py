@@ -9,7 +9,8 @@ The order is the loop order, outermost first.  Of the digits of one axis, an ear
 significant; a `phase` digit is the least significant wherever it stands, which is how an axis is split
 by a stride (t = 2 * t' + phase) so that an exact division is decided at compile time.  The digits of a
 part of a fused axis are less significant than the fused axis's: "h*w 128 lanes | w 4 unroll" gives each
-lane a block of four columns.  What is packed (`pack`) has axes of its own to split.
+lane a block of four columns; where that block is bound to a side of a product too, the side runs along
+both.  What is packed or skewed (`pack`, `skew`) has axes of its own to split.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from ..errors import NestError, ScheduleError
 from .nest import BINDS, Fused, Loop, Nest, Stage, verify_loops
 from .pack import packed
+from .skew import Skew, skewed
 
 
 @dataclass(frozen=True, order=True)
@@ -46,6 +48,7 @@ class Schedule:
     stage:  (tensor, level): copy the tensor's footprint to a buffer inside the first `level` loops.
     hints:  numbers for the target that do not change the meaning (warps, pipeline stages).
     pack:   (axis, count): blocks of a batch axis that become one block-diagonal product.
+    skew:   blocks of a shifted axis that become a banded product.
     """
 
     digits: tuple[Digit, ...]
@@ -53,9 +56,11 @@ class Schedule:
     stage: tuple[tuple[str, int], ...] = ()
     hints: tuple[tuple[str, int], ...] = ()
     pack: tuple[tuple[str, int], ...] = ()
+    skew: tuple[Skew, ...] = ()
 
     def __str__(self) -> str:
         text = "".join(f"pack {axis} by {count}; " for axis, count in self.pack)
+        text += "".join(f"skew {s.axis} by {s.count} in words of {s.word}; " for s in self.skew)
         text += " | ".join(map(str, self.digits))
         for tensor, level in self.stage:
             text += f"; stage {tensor}@{level}"
@@ -76,8 +81,9 @@ class Schedule:
             "fuse": [list(group) for group in self.fuse],
             "stage": [list(pair) for pair in self.stage],
             "hints": dict(self.hints),
-            # Only where there is any: what was tuned before there was packing reads as it was written.
+            # Only where there are any: what was tuned before there were these reads as it was written.
             **({"pack": dict(self.pack)} if self.pack else {}),
+            **({"skew": [[s.axis, s.count, s.word] for s in self.skew]} if self.skew else {}),
         }
 
     @classmethod
@@ -90,6 +96,7 @@ class Schedule:
                 stage=tuple((str(tensor), int(level)) for tensor, level in data["stage"]),
                 hints=_numbers(data["hints"]),
                 pack=_numbers(data.get("pack", {})),
+                skew=tuple(Skew(str(axis), int(n), int(word)) for axis, n, word in data.get("skew", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ScheduleError(
@@ -118,13 +125,13 @@ def fused_name(parts: Sequence[str]) -> str:
 
 
 def apply(nest: Nest, schedule: Schedule) -> Nest:
-    """The nest with the schedule's packed axes, loops, fused axes and stages, verified.
+    """The nest with the schedule's packed and skewed axes, loops, fused axes and stages, verified.
 
     ScheduleError: the schedule does not fit this nest (it names other axes, cuts the batch, ...).
     """
     staged = {tensor for tensor, _ in schedule.stage}
     try:
-        nest = packed_by(nest, schedule.pack)
+        nest = rewritten(nest, schedule.pack, schedule.skew)
         fused = tuple(_fuse(nest, parts, staged, schedule) for parts in schedule.fuse)
         scheduled = replace(nest, fused=fused, loops=(), stages=(), _by_name={})
         loops = _loops(scheduled, schedule)
@@ -135,10 +142,12 @@ def apply(nest: Nest, schedule: Schedule) -> Nest:
 
 
 @functools.lru_cache(maxsize=256)
-def packed_by(nest: Nest, pack: tuple[tuple[str, int], ...]) -> Nest:
-    """The nest with its axes packed: what the digits of a schedule split."""
+def rewritten(nest: Nest, pack: tuple[tuple[str, int], ...], skew: tuple[Skew, ...]) -> Nest:
+    """The nest with axes packed and skewed: what the digits of a schedule split."""
     for axis, count in pack:
         nest = packed(nest, axis, count)
+    for each in skew:
+        nest = skewed(nest, each)
     return nest
 
 

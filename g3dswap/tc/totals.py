@@ -30,14 +30,13 @@ def total(nest: Nest) -> tuple[Nest, Schedule] | None:
 
     None: there are none, or the batch is not the outermost of them, so that no strides are fixed.
     """
-    loops = [nest.loops[i] for i in nest.partial_loops]
-    counts = [loop.count for loop in loops]
+    counts = nest.partial_counts
     if not counts or None in counts[1:]:
         return None
     batched = counts[0] is None
     known = math.prod(c for c in counts if c is not None)
     result = nest.tensor(nest.output.tensor)
-    elements = math.prod(e for e in result.shape if e is not None)
+    elements = math.prod(e for e in result.shape[len(nest.replicas) :] if e is not None)
     if None in result.shape:
         return None
     sizes = {"S": known, "E": elements, **({} if batched else {"N": 1})}

@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterator
 
 from .linear import Linear
-from .nest import VECTOR_BINDS, Nest
+from .nest import SIDE_BINDS, VECTOR_BINDS, Nest
 from .place import Guard
 from .place_nd import Spot, Spotter
 from .scopes import Scopes
 
 INT32_MAX = 2**31 - 1
+WORDS = " words"
 RESERVED = (*keyword.kwlist, "tl", "triton", "range", "kernel", "batch", "pid", "partial")
 
 
@@ -22,14 +23,22 @@ def parts(nest: Nest, axis: str) -> frozenset[str]:
     return frozenset(fused.parts if fused else (axis,))
 
 
+def sides_of(role: str) -> tuple[str, str]:
+    """The sides that an operand of a matrix product runs along."""
+    return ("rows", "depth") if role[0] == "a" else ("depth", "cols")
+
+
 class Expressions:
     """Writes expressions of one nest into scopes.
 
     A `role` is the operand of a matrix product that an expression belongs to: depth is the second
-    dimension of operand "a" and the first of operand "b".  Elsewhere it is "".
+    dimension of operand "a" and the first of operand "b".  "a words" and "b words" are operands whose
+    elements are words: the side that runs along blocks, of which they have one each, is their second
+    dimension.  Elsewhere it is "".
 
     vectors: the loops whose variables are tiles.
     dims:    the dimension of each loop over lanes.
+    sides:   the variables of each side of a matrix product; a second one is that of the side's blocks.
     levels:  the scope in which a variable is known, where that is not the function: its loop's.
     """
 
@@ -41,6 +50,9 @@ class Expressions:
         loops = {f"v{i}": p for i, p in enumerate(nest.loops)}
         self.vectors = {v: p for v, p in loops.items() if p.bind in VECTOR_BINDS and p.count != 1}
         self.dot = any(p.bind == "depth" for p in self.vectors.values())
+        self.sides: dict[str, list[str]] = {bind: [] for bind in SIDE_BINDS}
+        for v, p in sorted(self.vectors.items(), key=lambda item: nest.fusion_of(item[1].axis) is not None):
+            self.sides.setdefault(p.bind, []).append(v)
         self.dims = {v: d for d, v in enumerate(v for v, p in self.vectors.items() if p.bind == "lanes")}
         inside = [v for v, p in loops.items() if p.bind == "serial" and p.count != 1]
         self.levels = {v: level for level, v in enumerate(inside, 1)}
@@ -64,14 +76,33 @@ class Expressions:
             return self.text.define("i", f"{form} {quotient.op} {quotient.number}", self.level(quotient.form))
         if symbol not in self.vectors:
             return self.names[symbol]
+        if self.dot:
+            return self._along_side(symbol, role)
+        rank, dim = len(self.dims), self.dims[symbol]
+        subscript = f"[{', '.join(':' if d == dim else 'None' for d in range(rank))}]" if rank > 1 else ""
+        arange = f"tl.arange(0, {self.vectors[symbol].count})"
+        return self.text.variable(self.names[symbol], arange + subscript)
+
+    def _along_side(self, symbol: str, role: str) -> str:
+        """The name of a variable of a side: a digit of the place along it, where the side has blocks."""
         loop = self.vectors[symbol]
-        rank = 2 if self.dot else len(self.dims)
-        dims = {"rows": 0, "cols": 1, "depth": 1 if role == "a" else 0}
-        dim = dims[loop.bind] if self.dot else self.dims[symbol]
-        subscript = ", ".join(":" if d == dim else "None" for d in range(rank))
-        name = self.names[symbol] + (f"_{role}" if loop.bind == "depth" else "")
-        arange = f"tl.arange(0, {loop.count})"
-        return self.text.variable(name, f"{arange}[{subscript}]" if rank > 1 else arange)
+        outer, *blocks = self.sides[loop.bind]
+        count, block = (self.vectors[v].count or 1 for v in (outer, blocks[0] if blocks else outer))
+        if role.endswith(WORDS):
+            first, whole = loop.bind != self.blocked(role), False
+            name = f"{self.names[outer]}_{role[0]}w"
+        else:
+            first, whole = loop.bind == "rows" or (loop.bind == "depth" and role == "b"), bool(blocks)
+            name = self.names[outer] + (f"_{role}" if loop.bind == "depth" else "") + "_all" * whole
+        arange = f"tl.arange(0, {count * block if whole else count})[{':, None' if first else 'None, :'}]"
+        self.text.variable(name, arange)
+        if not whole:
+            return name
+        return self.text.define("i", f"{name} {'//' if symbol == outer else '%'} {block}", 0)
+
+    def blocked(self, role: str) -> str | None:
+        """The side of an operand that runs along blocks."""
+        return next((side for side in sides_of(role) if len(self.sides[side]) > 1), None)
 
     def level(self, form: Linear) -> int:
         """The scope in which all variables of a form are known."""
@@ -153,7 +184,7 @@ class Expressions:
             text = f"{self.named(rest, role)} % {divisor} == 0"
             conditions.append((self.level(rest), self.text.define("m", text, self.level(rest))))
         mask = ""
-        for level, name in sorted(conditions, key=lambda c: c[0]):
+        for level, name in sorted(dict.fromkeys(conditions), key=lambda c: c[0]):
             mask = self.text.define("m", f"{mask} & {name}", level) if mask else name
         return mask, reach
 

@@ -38,22 +38,36 @@ class Word:
         tensor = self.spot.tensor
         return f"{tensor}_by{self.width}", f"{tensor}.to(tl.pointer_type(tl.{self.type}))"
 
+    @property
+    def bits(self) -> int:
+        """How many bits an element has."""
+        return 8 * ITEM_BYTES[self.dtype]
+
+    def part(self, name: str, position: int) -> str:
+        """The text of an element's bits, as an integer, of a word with that name."""
+        if self.dtype != "float32":
+            name, position = self._half(name, position)
+        return f"{f'({name} >> {self.bits})' if position else name}.to(tl.int{self.bits})"
+
+    def _half(self, name: str, position: int) -> tuple[str, int]:
+        """The 32 bits of a word of half types that an element is in, and its place there."""
+        if self.width == 4:
+            name = f"({name} >> 32).to(tl.int32)" if position >= 2 else f"{name}.to(tl.int32)"
+        return name, position % 2
+
     def element(self, name: str, position: int) -> str:
         """The text of an element, in the type that is computed in, of a word with that name."""
         if self.dtype == "float32":
-            half = f"({name} >> 32)" if position else name
-            return f"{half}.to(tl.int32).to(tl.float32, bitcast=True)"
-        if self.width == 4:
-            name = f"({name} >> 32).to(tl.int32)" if position >= 2 else f"{name}.to(tl.int32)"
+            return f"{self.part(name, position)}.to(tl.float32, bitcast=True)"
         if self.dtype == "bfloat16":  # the upper half of a float32
-            half = f"({name} & -65536)" if position % 2 else f"({name} << 16)"
+            name, position = self._half(name, position)
+            half = f"({name} & -65536)" if position else f"({name} << 16)"
             return f"{half}.to(tl.float32, bitcast=True)"
-        half = f"({name} >> 16)" if position % 2 else name
-        return f"{half}.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)"
+        return f"{self.part(name, position)}.to(tl.float16, bitcast=True).to(tl.float32)"
 
     def text(self, values: list[str]) -> str:
         """The text of a word of computed values."""
-        bits = 8 * ITEM_BYTES[self.dtype]
+        bits = self.bits
         parts = [f"{v}.to(tl.{self.dtype}).to(tl.uint{bits}, bitcast=True)" for v in values]
         while len(parts) > 1:
             bits *= 2

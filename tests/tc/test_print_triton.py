@@ -23,6 +23,7 @@ from g3dswap.tc.nest import Nest
 from g3dswap.tc.pack import packed
 from g3dswap.tc.print_triton import print_triton
 from g3dswap.tc.schedule import Digit, Schedule, apply, fused_name, serial
+from g3dswap.tc.skew import Skew
 from tests.conftest import Golden
 from tests.profiles import examples
 
@@ -515,10 +516,18 @@ def test_golden_sources(golden: Golden) -> None:
             "g rest grid | f rest grid | c*kt*kh*kw rest grid | n rest grid | t*h*w rest serial"
             " | f 16 rows | c*kt*kh*kw 32 cols | t*h*w 16 depth",
         ),
+        "skewed": (
+            Problem("forward", Geometry(2, 2, 2, (2, 4, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1)), torch.bfloat16),
+            "n rest grid | g rest grid | f*hi*wi rest grid | t rest grid | h*w rest grid"
+            " | c*hs*ws rest serial | kt rest unroll | t 2 unroll"
+            " | h*w 16 rows | f*hi*wi 16 cols | c*hs*ws 32 depth | ws 2 depth phase",
+        ),
     }
+    skews = {"skewed": (Skew("h", 4), Skew("w", 4, 2))}
     for name, (problem, text) in cases.items():
-        source = print_triton(apply(nest_of(problem), schedule_of(text)))
-        assert source == print_triton(apply(nest_of(problem), schedule_of(text)))
+        schedule = replace(schedule_of(text), skew=skews.get(name, ()))
+        source = print_triton(apply(nest_of(problem), schedule), across=True)
+        assert source == print_triton(apply(nest_of(problem), schedule), across=True)
         golden(f"triton_{name}.py.txt", source)
 
 

@@ -10,9 +10,11 @@ import torch
 
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.problem import Geometry, Problem
+from g3dswap.tc.product import Product, is_product
+from g3dswap.tc.roles import possible
 from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space import Space
-from g3dswap.tc.space_product import Product, families, is_product, packings, possible
+from g3dswap.tc.space_product import families, packings
 from tests.tc.test_print_triton import DEVICE, PRODUCTS, check
 
 PASSES = ("forward", "grad_input", "grad_weight")

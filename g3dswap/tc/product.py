@@ -1,0 +1,122 @@
+"""A matrix product as a point of the search space: what its rows, columns and depth run along."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .nest import SIDE_BINDS, Nest
+from .roles import sides
+from .schedule import Digit, Schedule, fused_name, rewritten
+from .skew import Skew, patch_name
+from .space_cpp import phases, reduces
+from .space_triton import Split, Tile, split_reductions, steps_outside
+
+Side = tuple[tuple[str, ...], int]
+Packs = tuple[tuple[str, int], ...]
+Skews = tuple[Skew, ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """rows, cols, depth: the axes that each runs along, flattened, and how many steps of them.
+    pack:  blocks of a batch axis.  skew: blocks of positions.
+    tile:  unroll counts; of an axis of a side, the block of each row.
+    split: reductions whose outer digit is on the grid, and how many steps of them a program makes.
+    stages, ahead: how far ahead Triton begins the loads of a loop, and the printer those of a product.
+    across: whether neighbouring lanes load the words of neighbouring blocks, or those of one block."""
+
+    rows: Side
+    cols: Side
+    depth: Side
+    pack: Packs
+    skew: Skews
+    tile: Tile
+    split: Split
+    warps: int
+    stages: int
+    ahead: int
+    across: bool = False
+
+    @property
+    def sides(self) -> dict[str, Side]:
+        return {"rows": self.rows, "cols": self.cols, "depth": self.depth}
+
+    def schedule(self, nest: Nest) -> Schedule:
+        whole = rewritten(nest, self.pack, self.skew)
+        groups = [axes for axes, _ in self.sides.values()]
+        own = {a for axes in groups for a in axes}
+        counts, split = dict(self.tile), dict(self.split)
+        # The sides of the kernel that remain are one loop.
+        rest = [a for a in sides(whole) if a not in {*own, *counts} and whole.is_reduce(a)]
+        serial = tuple(a for a in rest if (whole.extent(a) or 0) > 1)
+        if serial:
+            groups.append(serial)
+        names = list(dict.fromkeys(fused_name(_group(groups, a.name)) for a in whole.axes))
+        inside = [fused_name(serial)] if serial else []
+        reductions = [n for n in names if reduces(whole, n) and n not in inside] + inside
+        digits = [Digit(n, None, "grid") for n in names if not reduces(whole, n) or n in split]
+        digits += [Digit(n, split.get(n), "serial") for n in reductions if split.get(n) != 1]
+        digits += [Digit(a, c, "unroll") for a, c in self.tile if a not in own]
+        digits += [
+            Digit(fused_name(axes), count // math.prod(self.words.get(a, 1) for a in axes), bind)
+            for bind, (axes, count) in self.sides.items()
+        ]
+        blocks = {**{a: p for a, p in phases(whole).items() if a not in own}, **_blocks(self.tile, own)}
+        digits += [Digit(a, c, "unroll", True) for a, c in blocks.items()]
+        binds = {a: bind for bind, (axes, _) in self.sides.items() for a in axes}
+        digits += [Digit(a, c, binds[a], True) for a, c in self.words.items()]
+        hints = [("across", 1)] if self.across else []
+        hints += [("ahead", self.ahead), ("stages", self.stages), ("warps", self.warps)]
+        return Schedule(
+            tuple(digits), tuple(g for g in groups if len(g) > 1), (), tuple(hints), self.pack, self.skew
+        )
+
+    @property
+    def words(self) -> dict[str, int]:
+        """The patches that are read as words, and how many elements those have."""
+        return {patch_name(skew.axis): skew.word for skew in self.skew if skew.word > 1}
+
+    def loops(self, nest: Nest) -> bool:
+        """Whether there is a loop around the product, of more than one step; `nest` is the rewritten one."""
+        own = {fused_name(axes): (axes, count) for axes, count in self.sides.values()}
+        steps = {**steps_outside(nest, own, dict(self.tile)), **dict(self.split)}
+        return any(count > 1 for name, count in steps.items() if reduces(nest, name))
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Product:
+        """The inverse of `schedule`."""
+        groups = {fused_name(g): g for g in schedule.fuse}
+        words = {d.bind: d.count or 1 for d in schedule.digits if d.bind in SIDE_BINDS and d.phase}
+        sides = {
+            d.bind: (groups.get(d.axis, (d.axis,)), (d.count or 1) * words.get(d.bind, 1))
+            for d in schedule.digits
+            if d.bind in SIDE_BINDS and not d.phase
+        }
+        own = {a for axes, _ in sides.values() for a in axes}
+        unrolled = [d for d in schedule.digits if d.bind == "unroll"]
+        tile = tuple((d.axis, d.count or 1) for d in unrolled if not d.phase or d.axis in own)
+        steps = {d.axis: d.count or 1 for d in schedule.digits if d.bind == "serial"}
+        grid = tuple((d.axis, steps.get(d.axis, 1)) for d in schedule.digits if d.bind == "grid")
+        hints = (schedule.hint("warps", 4), schedule.hint("stages", 2), schedule.hint("ahead", 0))
+        across = bool(schedule.hint("across", 0))
+        rows, cols, depth = sides["rows"], sides["cols"], sides["depth"]
+        return cls(rows, cols, depth, schedule.pack, schedule.skew, tile, grid, *hints, across)
+
+
+def _group(groups: list[tuple[str, ...]], axis: str) -> tuple[str, ...]:
+    return next((g for g in groups if axis in g), (axis,))
+
+
+def _blocks(tile: Tile, own: set[str]) -> dict[str, int]:
+    return {a: c for a, c in tile if a in own}
+
+
+def is_product(schedule: Schedule) -> bool:
+    return any(d.bind == "depth" for d in schedule.digits)
+
+
+def splits(nest: Nest, own: tuple[Side, ...], tile: Tile) -> list[Split]:
+    """Reductions to split, for a product with these sides and a tile; `nest` is the rewritten one."""
+    named = {fused_name(axes): (axes, width) for axes, width in own}
+    return split_reductions(nest, named, dict(tile))

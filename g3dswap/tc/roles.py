@@ -1,0 +1,73 @@
+"""What the axes of a product of two factors are: positions and channels, and the sides of a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .nest import Access, Nest
+from .pack import image_of
+
+
+def possible(nest: Nest) -> bool:
+    """Whether a matrix unit multiplies the factors: in half precision, or where TF32 is allowed."""
+    dtype = nest.tensors[0].dtype
+    narrow = dtype in ("bfloat16", "float16") or (dtype == "float32" and nest.precision == "tf32")
+    return narrow and len(nest.factors) == 2
+
+
+def image_and_other(nest: Nest) -> tuple[Access, Access]:
+    """The factor that packing copies an axis of, which is read at shifted positions; and the other."""
+    place = image_of(nest)
+    return nest.factors[place], nest.factors[1 - place]
+
+
+def sides(nest: Nest) -> list[str]:
+    """The sides of the kernel: of the axes that are added to others in an index, those without the batch.
+
+    A convolution has the parallel ones as positions and the reductions as the sides of its kernel; its
+    gradient in the kernel has them the other way round.  Patches of skewed axes are none: they are channels.
+    """
+    image, other = image_and_other(nest)
+    patches = added(other) | added(nest.output)
+    batch = {a.name for a in nest.axes if a.extent is None}
+    summed = not batch & other.axes  # the other factor is the kernel
+    return [a.name for a in nest.axes if a.name in added(image) - patches and a.reduce == summed]
+
+
+def added(access: Access) -> set[str]:
+    """The axes that are added to others in an index."""
+    return {a for index in access.indices if len(index.terms) > 1 for a in index.axes}
+
+
+@dataclass(frozen=True)
+class Roles:
+    """image, other: parallel axes of one factor alone.  depth: reductions of both.
+
+    along: whether the image's parallel axes are positions, along which shifted indices step; else the depth's
+    are, and the image's are channels.
+    """
+
+    image: tuple[str, ...]
+    other: tuple[str, ...]
+    depth: tuple[str, ...]
+    along: bool
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        return self.image if self.along else self.depth
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return self.depth if self.along else self.image
+
+
+def roles_of(nest: Nest) -> Roles:
+    image, other = image_and_other(nest)
+    kernel = sides(nest)
+    usable = [a for a in nest.axes if a.extent is not None and a.name not in kernel]
+    shifted = {a for i in image.indices if len(i.terms) > 1 or i.divisor > 1 for a in i.axes}
+    own = tuple(a.name for a in usable if a.name in image.axes - other.axes and not a.reduce)
+    mine = tuple(a.name for a in usable if a.name in other.axes - image.axes and not a.reduce)
+    both = tuple(a.name for a in usable if a.name in image.axes & other.axes and a.reduce)
+    patches = added(other) | added(nest.output)
+    return Roles(own, mine, both, bool((shifted - patches) & set(own)))
