@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ArgumentError, ScheduleError
-from . import model_product, model_triton, space_cpp, space_product, space_triton
+from . import model_banded, model_product, model_triton, space_banded, space_cpp, space_product, space_triton
 from .model_cpp import cost as cost_cpp
 from .nest import Nest
 from .print_cpp import print_cpp
 from .print_triton import print_triton
+from .product import Product, is_product
 from .schedule import Digit, Schedule, apply
-from .space_product import is_product
 
 CLIMBS = 6
 """Families of C++ schedules whose tiles are worked out; the model puts the others far behind."""
@@ -29,12 +29,15 @@ LEADERS = 6
 """Those of them that are tried with all counts of lanes."""
 
 SHARE = 4
-"""Of so many ranked schedules, at least one is a matrix product and one is none, where there are both."""
+"""Of so many ranked schedules, at least one is of each kind, where there are several."""
+
+BANDED = 1.35
+"""The model of banded products is the most exact, and the others' estimates are so much too high."""
 
 A_FAMILY = {"cpp": 2, "triton": 6}
 """Most schedules of one family among the ranked ones, so that a wrong model cannot hide the right family."""
 
-Tiled = space_triton.Point | space_product.Product
+Tiled = space_triton.Point | Product
 
 
 class Space:
@@ -57,6 +60,9 @@ class Space:
             if self.target == "cpp":
                 return cost_cpp(scheduled, self.threads)
             warps = schedule.hint("warps", 4)
+            if schedule.skew:
+                ahead, across = schedule.hint("ahead", 0), schedule.hint("across", 0)
+                return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across))
             if is_product(schedule):
                 return model_product.cost(scheduled, warps, schedule.hint("stages", 2))
             return model_triton.cost(scheduled, warps)
@@ -92,7 +98,8 @@ class Space:
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
         families = []
         every: list[tuple[Sequence[Tiled], Callable[[Container[Any]], Iterable[Tiled]]]]
-        every = [*space_triton.families(self.nest), *space_product.families(self.nest)]
+        spaces = (space_triton, space_product, space_banded)
+        every = [family for space in spaces for family in space.families(self.nest)]
         for first, rest in every:
             compared = first[:: -(-len(first) // TILES)] if first else first
             seen = {point: self._costed(point) for point in compared}
@@ -121,10 +128,12 @@ class Space:
             (pair for f in self._families for pair in _diverse(f)[: A_FAMILY[self.target]]),
             key=lambda p: (p[0], str(p[1])),
         )
-        kinds = [[s for _, s in pairs if is_product(s) == kind] for kind in (True, False)]
+        kinds: dict[tuple[bool, bool], list[Schedule]] = {}
+        for _, schedule in pairs:
+            kinds.setdefault((is_product(schedule), bool(schedule.skew)), []).append(schedule)
         ranks = {schedule: rank for rank, (_, schedule) in enumerate(pairs)}
-        # The models of products and of the others are two, and a product in TF32 may not be exact enough.
-        places = {s: min(ranks[s], SHARE * rank) for kind in kinds for rank, s in enumerate(kind)}
+        # Each kind has a model of its own, and a product in TF32 may not be exact enough.
+        places = {s: min(ranks[s], SHARE * rank) for kind in kinds.values() for rank, s in enumerate(kind)}
         return sorted(ranks, key=lambda s: (places[s], ranks[s]))[:limit]
 
     def mutate(self, schedule: Schedule, rng: random.Random) -> Schedule:
@@ -164,8 +173,8 @@ class Space:
         if self.target == "cpp":
             return space_cpp.mutate(self.nest, space_cpp.Point.of(schedule), rng).schedule(self.nest)
         if is_product(schedule):
-            product = space_product.Product.of(schedule)
-            return space_product.mutate(self.nest, product, rng).schedule(self.nest)
+            space = space_banded if schedule.skew else space_product
+            return space.mutate(self.nest, Product.of(schedule), rng).schedule(self.nest)
         return space_triton.mutate(self.nest, space_triton.Point.of(schedule), rng).schedule(self.nest)
 
     def _prints(self, schedule: Schedule) -> bool:
