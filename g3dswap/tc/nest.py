@@ -358,7 +358,7 @@ def verify_loops(nest: Nest) -> Nest:
             own, block = nest.axis(part).extent, nest.block(part)
             fits = own is not None and extent * block >= own
             _require(fits, nest, "{} cuts or flattens {}", fused.name, part)
-            if own and nest.is_reduce(part) and extent * block > own:
+            if own and extent * block > own:
                 _require_ended(nest, part)
     _verify_blocks(nest, fused_parts)
     looped = {loop.axis for loop in nest.loops if loop.axis not in fused_parts}
@@ -422,9 +422,11 @@ def _verify_digits(nest: Nest, name: str) -> None:
         _require(loop.step == span or loop.count == 1, nest, "the digits of {} overlap or leave gaps", name)
         span *= loop.count or 1
     _require(span >= extent, nest, "the digits of {} reach {} of {}", name, span, extent)
-    if nest.is_reduce(name) and span > extent:
+    if span > extent:
         fused = nest.fused_axis(name)
-        for part in fused.parts if fused else [name]:
+        parts = fused.parts if fused else (name,)
+        # Past its end, a flat index is past that of its first part.
+        for part in parts if nest.is_reduce(name) else parts[:1]:
             _require_ended(nest, part)
 
 
@@ -442,14 +444,21 @@ def _verify_blocks(nest: Nest, parts: list[str]) -> None:
 
 
 def _require_ended(nest: Nest, axis: str) -> None:
-    """Overshoot of a reduction must add nothing: past its end, an index of a factor is outside its tensor."""
-    indices = ((i, e) for f in nest.factors for i, e in zip(f.indices, nest.tensor(f.tensor).shape))
-    ended = any(axis in i.axes and e is not None and _outside(nest, axis, i, e) for i, e in indices)
-    _require(ended, nest, "nothing ends the reduction {}", axis)
+    """Overshoot must add nothing and store nothing: past an axis's end, an index is outside its tensor, of a
+    factor for a reduction and of the output for a parallel axis or the one that it is tied to."""
+    equal = {axis, *(name for tie in nest.output.ties if axis in tie for name in tie)}
+    for access in nest.factors if nest.is_reduce(axis) else (nest.output,):
+        for index, extent in zip(access.indices, nest.tensor(access.tensor).shape):
+            own = equal & index.axes
+            if extent is not None and any(_outside(nest, name, index, extent) for name in own):
+                return
+    _require(False, nest, "nothing ends {}", axis)
 
 
 def _outside(nest: Nest, axis: str, index: Index, extent: int) -> bool:
     """Whether an index is outside an extent wherever an axis is past its end."""
+    if len(index.terms) == 1 and index.is_axis(axis):
+        return (nest.axis(axis).extent or 0) >= extent
     own, low, high = index.coefficient(axis), index.offset, index.offset
     for name, coefficient in index.terms:
         others = nest.axis(name).extent

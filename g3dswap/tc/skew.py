@@ -21,6 +21,10 @@ from .pack import image_of, inner_name
 from .pointwise import redirected
 
 
+MOST = 256
+"""Positions of a block, and elements of a word."""
+
+
 @dataclass(frozen=True, order=True)
 class Skew:
     """axis: the positions; count: how many of them are a block.
@@ -54,7 +58,7 @@ def skewed(nest: Nest, skew: Skew) -> Nest:
     ScheduleError: the axis is not read at shifted positions, or a part of the nest has no skewed form.
     """
     found = shifted_by(nest, skew.axis) if len(nest.factors) == 2 else None
-    if found is None or skew.count < 1 or skew.word < 1:
+    if found is None or not 1 <= skew.count <= MOST or not 1 <= skew.word <= MOST:
         raise ScheduleError(f"{skew.axis} of {nest.name} cannot be skewed by {skew.count}.")
     index, side = found
     summed = nest.axis(skew.axis).reduce

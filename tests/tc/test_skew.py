@@ -88,6 +88,14 @@ def test_what_cannot_be_skewed_says_why(axis: str, message: str) -> None:
         skewed(of(), Skew(axis, 2))
 
 
+def test_a_step_of_a_block_beyond_its_end_would_be_another_block() -> None:
+    text = "n rest grid | g rest grid | f rest grid | t rest grid | h rest grid | w rest grid | c rest serial"
+    text += " | kt rest serial | kh rest serial | ws rest serial | wi 8 lanes"
+    digits = tuple(Digit(a, None if n == "rest" else int(n), b) for a, n, b in map(str.split, text.split(" | ")))
+    with pytest.raises(ScheduleError, match="nothing ends wi"):
+        apply(of(), Schedule(digits, skew=(Skew("w", 4),)))
+
+
 def test_a_division_cannot_be_skewed() -> None:
     strided = Geometry(6, 6, 6, (3, 6, 8), (3, 3, 3), (1, 1, 2), (1, 1, 1))
     with pytest.raises(ScheduleError, match="w of grad_input cannot be skewed"):
