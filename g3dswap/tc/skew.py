@@ -20,7 +20,6 @@ from .nest import Access, Axis, Index, Nest, result_of, verify
 from .pack import image_of, inner_name
 from .pointwise import redirected
 
-
 MOST = 256
 """Positions of a block, and elements of a word."""
 

@@ -91,7 +91,8 @@ def test_what_cannot_be_skewed_says_why(axis: str, message: str) -> None:
 def test_a_step_of_a_block_beyond_its_end_would_be_another_block() -> None:
     text = "n rest grid | g rest grid | f rest grid | t rest grid | h rest grid | w rest grid | c rest serial"
     text += " | kt rest serial | kh rest serial | ws rest serial | wi 8 lanes"
-    digits = tuple(Digit(a, None if n == "rest" else int(n), b) for a, n, b in map(str.split, text.split(" | ")))
+    parts = map(str.split, text.split(" | "))
+    digits = tuple(Digit(axis, None if n == "rest" else int(n), bind) for axis, n, bind in parts)
     with pytest.raises(ScheduleError, match="nothing ends wi"):
         apply(of(), Schedule(digits, skew=(Skew("w", 4),)))
 
