@@ -10,18 +10,18 @@ warning.
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import once, ranks
+from . import decided, once, ranks
 from .choice import Choice, Record
+from .decided import LOCK, Decided
 from .errors import ArgumentError, NoCompilerError, ScheduleError
 from .guessed import Guesses
 from .once import warn_once
@@ -41,26 +41,6 @@ BUILD_SECONDS = 60.0  # for a kernel that is known to be worth building
 PATIENCE = 120.0  # seconds that a rank waits for another's choice, beside five times the budget
 
 
-@dataclass(frozen=True)
-class _Decision:
-    """A choice, and what was asked for when it was made."""
-
-    choice: Choice
-    effort: int  # of EFFORTS: what the choice rests on
-    tune: str
-    min_speedup: float
-
-    def serves(self, tune: str, min_speedup: float | None) -> bool:
-        """Whether it need not be made again for this request."""
-        if min_speedup is not None and min_speedup != self.min_speedup:
-            return False
-        return self.tune == tune or self.effort >= max(1, EFFORTS[tune])
-
-
-_LOCK = threading.RLock()  # held while something is decided: measurements must not overlap
-_decisions: dict[tuple[Path, Problem], _Decision] = {}
-_plan: dict[Problem, Choice] = {}
-_lookup: dict[Hashable, Choice] = {}
 _choosers: dict[tuple[str, Path], Chooser] = {}
 _asked: Counter[str] = Counter()
 
@@ -71,38 +51,21 @@ def resolve(problem: Problem, batch: int = 1, tune: str = "cached", cache: str =
     A decision that a `Chooser` has made in this process holds here too, whatever its `min_speedup`.
     """
     directory = Path(cache).expanduser() if cache else default_directory()
-    known = _decisions.get((directory, problem))
+    known = decided.made.get((directory, problem))
     if known and known.serves(tune, None):
         return known.choice
-    with _LOCK:
+    with LOCK:
         if (tune, directory) not in _choosers:
             _choosers[tune, directory] = Chooser(open_cache(directory), tune)
         return _choosers[tune, directory].choose(problem, batch)
 
 
-def lookup() -> dict[Hashable, Choice]:
-    """A dictionary for callers that must be fast: from whatever they use as key to the choice.
-
-    It is emptied when a choice changes.
-    """
-    return _lookup
-
-
-def install(choices: Iterable[Choice]) -> None:
-    """Let these choices (a plan's) decide from now on, in the whole process; built when first needed."""
-    with _LOCK:
-        for choice in choices:
-            _plan[choice.problem] = choice
-            for place in [place for place in _decisions if place[1] == choice.problem]:
-                del _decisions[place]
-        _lookup.clear()
-
-
 def forget() -> None:
     """Forget all decisions, installed plans and given warnings of this process."""
-    with _LOCK:
-        for table in (_decisions, _plan, _lookup, _choosers, _asked):
-            table.clear()
+    with LOCK:
+        decided.forget()
+        _choosers.clear()
+        _asked.clear()
         close_caches()
         once.forget()
 
@@ -149,7 +112,7 @@ class Chooser:
 
         What fails here fails there again, and is told there.
         """
-        with _LOCK:
+        with LOCK:
             waiting = [problem for problem, _, _ in wanted if self._known(problem) is None]
             found = [(problem, schedule) for problem in waiting if (schedule := self._expected(problem))]
             if len(found) < 2:
@@ -172,7 +135,7 @@ class Chooser:
     def choose(self, problem: Problem, batch: int = 1, label: str = "") -> Choice:
         """The choice for a problem, decided once in a process; `label` names the layer for the bar."""
         place = (self.cache.directory, problem)
-        with _LOCK:
+        with LOCK:
             known = self._known(problem)
             if known is None:
                 try:
@@ -180,9 +143,7 @@ class Chooser:
                 except BaseException:
                     self.bar.close()
                     raise
-                if place in _decisions:
-                    _lookup.clear()
-                _decisions[place] = known
+                decided.remember(place, known)
             self.bar.advance()
             return known.choice
 
@@ -194,34 +155,34 @@ class Chooser:
         """What tuning a problem may cost."""
         return self.config or CONFIGS.get(self.tune, TunerConfig.quick)(kernel.target_of(problem.device))
 
-    def _known(self, problem: Problem) -> _Decision | None:
+    def _known(self, problem: Problem) -> Decided | None:
         """The decision that holds for this chooser, if it was made."""
-        known = _decisions.get((self.cache.directory, problem))
+        known = decided.made.get((self.cache.directory, problem))
         return known if known and known.serves(self.tune, self.min_speedup) else None
 
-    def _decision(self, choice: Choice, effort: int) -> _Decision:
-        return _Decision(choice, effort, self.tune, self.min_speedup)
+    def _decision(self, choice: Choice, effort: int) -> Decided:
+        return Decided(choice, effort, self.tune, self.min_speedup)
 
     # Plans and other ranks: a choice without its kernel.
 
-    def _planned(self, problem: Problem) -> _Decision | None:
-        if problem not in _plan:
+    def _planned(self, problem: Problem) -> Decided | None:
+        if problem not in decided.planned:
             return None
-        choice = self._rebuilt(_plan[problem], "planned")
+        choice = self._rebuilt(decided.planned[problem], "planned")
         if choice is None:
-            del _plan[problem]
+            del decided.planned[problem]
             return None
         # Nothing that is asked for later replaces what a plan says, but another plan.
         return self._decision(
             replace(choice, reason=f"from the plan: {choice.reason}"), max(EFFORTS.values())
         )
 
-    def _agreed(self, problem: Problem, batch: int, label: str) -> _Decision:
+    def _agreed(self, problem: Problem, batch: int, label: str) -> Decided:
         if not ranks.active():
             return self._decide(problem, batch, label)
         topic = self._topic(problem)
         _asked[self._rules(problem)] += 1
-        made: list[_Decision] = []
+        made: list[Decided] = []
 
         def decide() -> dict[str, Any]:
             made.append(self._decide(problem, batch, label))
@@ -261,8 +222,8 @@ class Chooser:
     def _expected(self, problem: Problem) -> Schedule | None:
         """The schedule that is built first for a problem, if one is without a search."""
         try:
-            if problem in _plan:
-                data = _plan[problem].schedule
+            if problem in decided.planned:
+                data = decided.planned[problem].schedule
             elif first := next(self._usable(problem), None):
                 data = None if self._against(first.record) else first.record.schedule
             else:
@@ -276,7 +237,7 @@ class Chooser:
         if self.tune == "none" and not self.interrupted:
             yield from self.guesses.of(problem)
 
-    def _decide(self, problem: Problem, batch: int, label: str) -> _Decision:
+    def _decide(self, problem: Problem, batch: int, label: str) -> Decided:
         tried: list[Record] = []
         try:
             for stored in self._usable(problem):

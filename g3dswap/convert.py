@@ -6,10 +6,8 @@ import contextlib
 import copy
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,16 @@ from g3dswap.entries import Kept, Layer, NotFused, Swapped
 from g3dswap.errors import ArgumentError, ConvertError, described
 from g3dswap.functional import as_converted, decide_calls, intercept_calls
 from g3dswap.fuse import find_fusions
-from g3dswap.fused import FUSED, NOTHING, Fused, Fusion
+from g3dswap.fused import NOTHING, Fused, Fusion
 from g3dswap.guard import Inputs, a_type, example
 from g3dswap.intercept import is_on, take_off, taken_off
-from g3dswap.layercheck import check_layer
-from g3dswap.module import GROUPED, Conv, Grouped
+from g3dswap.module import Grouped
 from g3dswap.plan import Plan, forget_choices, install_plan, keep_choices, read_plan
 from g3dswap.problem import Problem
 from g3dswap.report import Report, forget, machine, store
 from g3dswap.selection import Selection, check_model, select
 from g3dswap.stored import EFFORTS, open_cache
+from g3dswap.swap import Swap, replaced, replacements, verify_all
 from g3dswap.trace import Trace, trace
 
 
@@ -123,11 +121,11 @@ def convert(
     if functional or any(is_on(module) for module in model.modules()):
         calls = decide_calls(model, traced.functional, shapes.uses, selection, chooser, strict)
     elapsed = time.monotonic() - began
-    swap = _Swap(tune, cache)
+    swap = Swap(tune, cache)
     everything = [*decisions, *(item.decision for item in calls if item.decision)]
     if verify:
-        _verify_all(everything, swap)
-    model = _replaced(model, _replacements(decisions, swap))
+        verify_all(everything, swap)
+    model = replaced(model, replacements(decisions, swap))
     report = _report("converted", selection, decisions, traced, shapes, elapsed)
     store(model, replace(report, functional=intercept_calls(calls, tune, cache)) if calls else report)
     keep_choices(model, {choice.problem: choice for item in everything for choice in item.choices}.values())
@@ -189,7 +187,7 @@ def revert(model: nn.Module) -> nn.Module:
     for part in model.modules():
         take_off(part)
     plain = {key: item.to_conv() if isinstance(item, Grouped) else item for key, item in new.items()}
-    return _replaced(model, plain)
+    return replaced(model, plain)
 
 
 def _chooser(cache: str | Path | None, tune: str, min_speedup: float, progress: bool) -> Chooser:
@@ -326,87 +324,6 @@ def _peeked(site: Site, meetings: Sequence[Meeting], chooser: Chooser) -> Decisi
         reason = f"PyTorch's own kernels stay in every pass: {'; '.join(reasons)}"
         return Decision(site, Kept(site.name, layer, reason, calls, site.aliases))
     return Decision(site, Swapped(site.name, layer, calls, site.aliases))
-
-
-# Changing the model
-
-
-class _Swap:
-    """Makes the replacement of a layer."""
-
-    def __init__(self, tune: str, cache: str | Path | None) -> None:
-        self.tune = tune
-        self.cache = None if cache is None else str(cache)
-
-    def __call__(self, conv: Conv, chosen: bool, fusion: Fusion = NOTHING) -> Grouped:
-        # Shapes that come up later in a layer that has its kernels do not stop the run for tuning.
-        tune = "cached" if chosen and self.tune != "none" else self.tune
-        if fusion:
-            return FUSED[type(conv)].of(conv, fusion, tune=tune, cache=self.cache)
-        return GROUPED[type(conv)].from_conv(conv, tune=tune, cache=self.cache)
-
-
-def _replacements(decisions: Sequence[Decision], swap: _Swap) -> dict[int, nn.Module]:
-    """``id`` of each module that is to go -> what takes its place."""
-    new: dict[int, nn.Module] = {}
-    for item in decisions:
-        conv = item.site.module
-        if item.swap and (item.fusion or not isinstance(conv, Grouped)):
-            layer = new[id(conv)] = swap(conv, bool(item.choices), item.fusion)
-            if isinstance(layer, Fused):
-                new.update((id(module), stand_in) for stand_in, module in layer.origin.stand_ins)
-    return new
-
-
-def _verify_all(decisions: Sequence[Decision], swap: _Swap) -> None:
-    """Check each distinct swapped layer on what it met; keep those that fail as they were."""
-    known: dict[tuple[Layer, Meeting, Fusion], str | None] = {}
-    for decision in decisions:
-        entry, conv, fusion = decision.entry, decision.site.module, decision.fusion
-        if not isinstance(entry, Swapped) or not decision.meetings:
-            continue
-        bounds: dict[str, float] = {}
-        for choice in decision.choices:
-            name = choice.problem.layer_pass
-            bounds[name] = max(bounds.get(name, 0.0), choice.bound or 0.0)
-        meetings = decision.meetings
-        if fusion:
-            meetings = [replace(item, grad_input=False, grad_weight=False) for item in meetings]
-        for meeting in meetings:
-            key = (entry.geometry, meeting, fusion)
-            if key not in known:
-                swapped = partial(swap, chosen=True, fusion=fusion)
-                known[key] = check_layer(conv, meeting, swapped, bounds, fusion)
-        failed = [known[entry.geometry, meeting, fusion] for meeting in meetings]
-        wrong = next((reason for reason in failed if reason), None)
-        if wrong:
-            decision.keep(f"not swapped, because it would compute something else: {wrong}")
-        else:
-            decision.entry = replace(entry, verified=True)
-
-
-def _replaced(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
-    """Put the new modules in the place of the old ones (``id(old) -> new``), wherever they are referred to.
-
-    Beside the registered children that is every attribute, and every list, tuple or dict that an attribute
-    holds: a model may keep a plain list of its layers too.
-    """
-    if not new:
-        return model
-    for module in list(model.modules()):
-        attributes = vars(module)
-        for name, value in list(attributes.items()):
-            if id(value) in new:
-                attributes[name] = new[id(value)]
-            elif type(value) in (list, tuple) and any(id(item) in new for item in value):
-                items = [new.get(id(item), item) for item in value]
-                if type(value) is tuple:
-                    attributes[name] = tuple(items)
-                else:
-                    value[:] = items  # the same list: others may hold it
-            elif type(value) in (dict, OrderedDict):
-                value.update({key: new[id(item)] for key, item in value.items() if id(item) in new})
-    return new.get(id(model), model)
 
 
 def _report(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import choose, native
+from . import choose, decided, native
 from .choice import Choice
 from .problem import DTYPES, transposed_size
 
@@ -23,7 +23,7 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 ONES, ZEROS = (1, 1, 1), (0, 0, 0)
 
-_choices: dict[Any, Choice] = choose.lookup()
+_choices: dict[Any, Choice] = decided.lookup()
 _MOST_CHOICES = 10_000
 
 

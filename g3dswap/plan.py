@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from g3dswap.choice import Choice
-from g3dswap.choose import install
+from g3dswap.decided import install
 from g3dswap.discover import Meeting
 from g3dswap.entries import ROOT, Call, Kept, Layer, PassChoice, Swapped
 from g3dswap.errors import ArgumentError, G3DSwapWarning, PlanError

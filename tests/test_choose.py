@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from g3dswap import choose, guessed, native, ranks, stored, workload
+from g3dswap import choose, decided, guessed, native, ranks, stored, workload
 from g3dswap.choice import Choice, Record
 from g3dswap.choose import Chooser
 from g3dswap.comprehensions import nest
@@ -635,9 +635,9 @@ def test_a_plan_decides_before_the_cache(world: World, cache: Cache) -> None:
     tuned = chooser(cache).choose(PROBLEM)
     planned = replace(tuned, schedule=schedule(2).to_json(), reason="2.00x")
     text = json.dumps(planned.to_json())
-    choose.lookup()["something"] = tuned
-    choose.install([Choice.from_json(json.loads(text))])
-    assert choose.lookup() == {}
+    decided.lookup()["something"] = tuned
+    decided.install([Choice.from_json(json.loads(text))])
+    assert decided.lookup() == {}
     choice = chooser(cache, "cached").choose(PROBLEM)
     assert choice.schedule == schedule(2).to_json() and choice.reason == "from the plan: 2.00x"
     assert choice.source == "tuned" and outcome(choice) < 1e-6
@@ -647,13 +647,13 @@ def test_a_plan_decides_before_the_cache(world: World, cache: Cache) -> None:
 
 def test_a_plan_for_pytorch(world: World, cache: Cache) -> None:
     chooser(cache).choose(PROBLEM)
-    choose.install([choose.native(PROBLEM, "by hand")])
+    decided.install([choose.native(PROBLEM, "by hand")])
     assert chooser(cache).choose(PROBLEM).is_native
 
 
 def test_a_plan_that_fails_is_a_miss(world: World, cache: Cache) -> None:
     tuned = chooser(cache).choose(PROBLEM)
-    choose.install([replace(tuned, schedule=schedule(2).to_json())])
+    decided.install([replace(tuned, schedule=schedule(2).to_json())])
     world.scale[2] = 1.5
     with pytest.warns(G3DSwapWarning, match="planned schedule"):
         choice = chooser(cache, "cached").choose(PROBLEM)

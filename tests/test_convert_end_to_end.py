@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from g3dswap import choose
+from g3dswap import choose, decided
 from g3dswap.convert import convert, inspect, revert
 from g3dswap.module import Grouped3D
 from g3dswap.plan import save_plan
@@ -44,10 +44,10 @@ def test_default_kernels_compute_the_same_and_train_the_same() -> None:
     assert [item.source for item in items[0].calls[0].passes] == ["default"] * 3
     assert isinstance(fast.get_submodule("body.0"), Grouped3D)
     # What runs is what was chosen and checked: no other choice is made, at any batch size.
-    decided = dict(choose._decisions)
+    before = dict(decided.made)
     assert verify(model, fast, X).check().ok
     assert verify(model, fast, torch.cat([X, X, X])).ok
-    assert choose._decisions == decided
+    assert decided.made == before
     assert train(copy.deepcopy(fast)) == pytest.approx(train(model), rel=1e-3)
 
 
@@ -65,15 +65,15 @@ def test_plan_brings_the_kernels_back(tmp_path: Path) -> None:
 def test_lazy_layers_choose_at_their_first_call() -> None:
     model = Net()
     fast = convert(model, tune="none")
-    assert not choose._decisions
+    assert not decided.made
     assert verify(model, fast, X).ok
-    assert {decision.choice.source for decision in choose._decisions.values()} == {"default"}
+    assert {decision.choice.source for decision in decided.made.values()} == {"default"}
 
 
 def test_inspect_knows_nothing_of_an_empty_cache(tmp_path: Path) -> None:
     found = inspect(Net(), X, cache=tmp_path)
     assert [item.source for item in found.swapped[0].calls[0].passes] == ["untuned"] * 3
-    assert not choose._decisions and not list(tmp_path.iterdir())
+    assert not decided.made and not list(tmp_path.iterdir())
 
 
 def test_without_a_compiler_all_layers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 import g3dswap
-from g3dswap import choose, comprehensions, ranks, stored
+from g3dswap import choose, comprehensions, decided, ranks, stored
 from g3dswap.choice import Record
 from g3dswap.choose import Chooser
 from g3dswap.errors import ConvertError
@@ -54,7 +54,7 @@ def share(model: nn.Module, clips: Tensor, labels: Tensor) -> None:
 
 def chosen() -> Schedules:
     """The schedules of our kernels, as this process has decided."""
-    choices = [decision.choice for decision in choose._decisions.values()]
+    choices = [decision.choice for decision in decided.made.values()]
     return {c.problem.direction: str(c.schedule) for c in choices if not c.is_native}
 
 
@@ -69,7 +69,7 @@ def fill(cache: Cache, problem: Problem, rank: int) -> None:
 def disagree(rank: int) -> Schedules:
     """Give this rank a cache that says something else than the other's; what it would choose alone."""
     converted()  # to know the problems
-    for problem in {problem for _, problem in choose._decisions}:
+    for problem in {problem for _, problem in decided.made}:
         fill(stored.open_cache(), problem, rank)
     choose.forget()
     converted()

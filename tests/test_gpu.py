@@ -14,7 +14,7 @@ from torch import nn
 
 import g3dswap
 from examples import resnext3d
-from g3dswap import choose, native, stored
+from g3dswap import choose, decided, native, stored
 from g3dswap.bench.layers import BenchLayer, read_layers
 from g3dswap.problem import DIRECTIONS, LAYOUTS, Geometry, Problem
 from g3dswap.tc import runtime_triton
@@ -109,13 +109,13 @@ def test_a_whole_network(
         record_property("tensors", len(first.tensors))
         first.check()
 
-        decided = dict(choose._decisions)
+        before = dict(decided.made)
         monkeypatch.setattr(runtime_triton, "load", no_compilation)
         monkeypatch.setattr(runtime_triton._Launcher, "compile", no_compilation)
         second = g3dswap.verify(model, fast, (clips,))
         record_property("ratio of another batch", second.worst.ratio)
         second.check()
-        assert choose._decisions == decided
+        assert decided.made == before
 
 
 def no_compilation(*_: object) -> None:

@@ -15,7 +15,7 @@ import torch.fx
 import torch.nn.utils.prune
 from torch import Tensor, nn
 
-from g3dswap import choose
+from g3dswap import choose, decided
 from g3dswap.errors import ArgumentError, InputError, InputTypeError
 from g3dswap.module import Grouped3D
 from tests.kernels import Recorder
@@ -26,9 +26,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     """Our kernels are chosen for everything that they cover."""
     recorder = Recorder()
     monkeypatch.setattr(choose, "resolve", recorder)
-    choose.lookup().clear()
+    decided.lookup().clear()
     yield recorder
-    choose.lookup().clear()
+    decided.lookup().clear()
 
 
 def pair(*args: Any, dtype: torch.dtype = torch.float64, **kwargs: Any) -> tuple[nn.Conv3d, Grouped3D]:

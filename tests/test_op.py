@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from g3dswap import choose, execute, native, op
+from g3dswap import choose, decided, execute, native, op
 from g3dswap.errors import ArgumentError
 from g3dswap.problem import ACTIVATIONS, DTYPES
 from tests.kernels import Recorder
@@ -36,9 +36,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     """Our kernels are chosen for everything that they cover."""
     recorder = Recorder()
     monkeypatch.setattr(choose, "resolve", recorder)
-    choose.lookup().clear()
+    decided.lookup().clear()
     yield recorder
-    choose.lookup().clear()
+    decided.lookup().clear()
 
 
 @pytest.fixture(params=["ours", "native"])
@@ -101,7 +101,7 @@ def test_random_geometries(data: st.DataObject) -> None:
     batch = data.draw(st.integers(0, 2))
     x = torch.randn(batch, channels * groups, *size, dtype=torch.float64, requires_grad=True)
     w = torch.randn(filters * groups, channels, *kernel, dtype=torch.float64, requires_grad=True)
-    choose.lookup().clear()
+    decided.lookup().clear()
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "resolve", recorder)
@@ -111,7 +111,7 @@ def test_random_geometries(data: st.DataObject) -> None:
             grad = torch.randn_like(out)
             torch.testing.assert_close(native_grads(out, [x, w], grad), native_grads(expected, [x, w], grad))
             assert recorder.directions() == ["forward", "grad_input", "grad_weight"]
-    choose.lookup().clear()
+    decided.lookup().clear()
 
 
 def test_each_pass_is_resolved_when_first_needed(kernels: Recorder) -> None:
@@ -165,7 +165,7 @@ def test_the_dictionary_of_choices_is_bounded(kernels: Recorder, monkeypatch: py
     x, w, _ = operands(grad=False)
     for width in (3, 4, 5, 6):
         CONV3D(x[..., :width].contiguous(), w, None, 1, 0, 1, 2)
-    assert len(choose.lookup()) == 1
+    assert len(decided.lookup()) == 1
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,7 @@ def test_autocast_is_over_when_a_kernel_is_chosen(kernels: Recorder, monkeypatch
     monkeypatch.setattr(choose, "resolve", resolve)
     inputs = operands(torch.float32)
     for function in (CONV3D, WRAPPER):
-        choose.lookup().clear()
+        decided.lookup().clear()
         with torch.autocast("cpu", torch.bfloat16):
             out = function(*inputs, *CONF)
             assert (inputs[0][0, 0, 0] @ inputs[0][0, 0, 0].T).dtype == torch.bfloat16  # and goes on after

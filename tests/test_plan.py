@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from g3dswap import choose, plan
+from g3dswap import decided, plan
 from g3dswap.convert import convert, revert
 from g3dswap.errors import ArgumentError, G3DSwapWarning, PlanError
 from g3dswap.plan import read_plan, save_plan
@@ -53,7 +53,7 @@ def test_plan_repeats_the_choices(path: Path, chooser: FakeChooser) -> None:
     assert [item.name for item in again.swapped] == ["layers.0.conv2", "layers.1.conv2"]
     assert again.swapped == first.swapped  # shapes and times too, and checked, without any inputs
     assert [(item.name, item.reason) for item in again.kept] == [(i.name, i.reason) for i in first.kept]
-    planned = choose._plan
+    planned = decided.planned
     assert {problem for problem, _, _ in chooser.asked} <= set(planned)
     assert {choice.source for choice in planned.values()} == {"tuned", "native"}
 
@@ -109,7 +109,7 @@ def test_plan_of_another_machine_is_not_trusted_to_be_fast(path: Path, chooser: 
     chooser.asked.clear()
     with pytest.warns(G3DSwapWarning, match=r"was made on another machine \(Other CPU\), where other"):
         fast = convert(Net(), plan=path)
-    assert not choose._plan and chooser.asked
+    assert not decided.planned and chooser.asked
     assert len(report(fast).swapped) == 2
 
 
@@ -139,7 +139,7 @@ def test_plan_for_other_layers(path: Path, make: Callable[[], nn.Module], messag
     with pytest.raises(PlanError) as caught:
         convert(model, plan=path, inplace=True)
     assert message in str(caught.value), caught.value
-    assert not choose._plan
+    assert not decided.planned
 
 
 def drop(*keys: Any) -> Callable[[dict[str, Any]], None]:

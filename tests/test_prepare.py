@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import g3dswap
-from g3dswap import choose, comprehensions, guessed, stored, workload
+from g3dswap import choose, comprehensions, decided, guessed, stored, workload
 from g3dswap.choice import Record
 from g3dswap.choose import Chooser
 from g3dswap.errors import CompileError, G3DSwapWarning, NoCompilerError
@@ -163,7 +163,7 @@ def test_what_serves_by_being_near_is_prepared(cache: Cache, compiler: Compiler)
 def test_a_plan_is_prepared(cache: Cache, compiler: Compiler) -> None:
     choices = [replace(chooser(cache).choose(problem), candidate=None) for problem in PROBLEMS]
     choose.forget()
-    choose.install(choices)
+    decided.install(choices)
     chooser(Cache(cache.directory / "empty"), "full").prepare(WANTED)
     assert sorted(compiler.channels) == [2, 3, 4]
 

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 import g3dswap
-from g3dswap import choose, program
+from g3dswap import choose, decided, program
 from g3dswap.cli import main
 from g3dswap.errors import CheckpointError, PlanError
 from g3dswap.sniff import PROGRAM
@@ -260,7 +260,7 @@ def test_plans(saved: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():  # that nothing is tuned would be a warning
         warnings.simplefilter("error", g3dswap.errors.G3DSwapWarning)
         loaded(x)
-    used = {choice.source for choice in choose.lookup().values()}
+    used = {choice.source for choice in decided.lookup().values()}
     assert used == {"default"}
     choose.forget()
     with pytest.raises(PlanError):

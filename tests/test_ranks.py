@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from g3dswap import choose, ranks
-from g3dswap.choose import Chooser, _Decision
+from g3dswap.choose import Chooser
+from g3dswap.decided import Decided
 from g3dswap.errors import ArgumentError, G3DSwapWarning
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc.cache import Cache
@@ -195,7 +196,7 @@ class SlowChooser(Chooser):
     made: list[int]
     dies: bool = False
 
-    def _decide(self, problem: Problem, batch: int, label: str) -> _Decision:
+    def _decide(self, problem: Problem, batch: int, label: str) -> Decided:
         if self.dies:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.1)

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import g3dswap
-from g3dswap import choose, execute
+from g3dswap import choose, decided, execute
 from g3dswap.workload import Candidate
 from tests.kernels import Recorder
 from tests.training import Net, Step, batches, check, converted, plain, start, train
@@ -50,7 +50,7 @@ class Watch:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def decisions() -> Iterator[None]:
+def decided_once() -> Iterator[None]:
     """They are made once for all tests of this file."""
     choose.forget()
     yield
@@ -290,9 +290,9 @@ def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Our kernels, and PyTorch's in layers of ours."""
     if request.param != "ours":
         monkeypatch.setattr(choose, "resolve", Recorder(use_native=True))
-    choose.lookup().clear()
+    decided.lookup().clear()
     yield
-    choose.lookup().clear()
+    decided.lookup().clear()
 
 
 @pytest.mark.usefixtures("either")

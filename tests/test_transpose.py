@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import g3dswap
-from g3dswap import choose, native
+from g3dswap import choose, decided, native
 from g3dswap.decide import problems
 from g3dswap.discover import Meeting
 from g3dswap.errors import ArgumentError, InputError, InputTypeError
@@ -44,9 +44,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     """Our kernels are chosen for everything that they cover."""
     recorder = Recorder()
     monkeypatch.setattr(choose, "resolve", recorder)
-    choose.lookup().clear()
+    decided.lookup().clear()
     yield recorder
-    choose.lookup().clear()
+    decided.lookup().clear()
 
 
 @pytest.fixture
