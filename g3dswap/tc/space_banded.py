@@ -74,7 +74,7 @@ def skewings(nest: Nest) -> list[Skews]:
 
 def _words(tensor: Tensor, step: int) -> list[int]:
     """How many elements a load may bring of a line in which blocks begin `step` apart, if more than one."""
-    line = next(e or 1 for e, s in zip(tensor.shape, tensor.strides) if s == 1 and e != 1)
+    line = next((e or 1 for e, s in zip(tensor.shape, tensor.strides) if s == 1 and e != 1), 1)
     steps = [step, line, *(s for s in tensor.strides if s != 1)]
     most = WORD_BYTES // ITEM_BYTES[tensor.dtype]
     return [w for w in (2, 4) if w <= most and not any(s % w for s in steps)] or [1]
