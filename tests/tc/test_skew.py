@@ -88,6 +88,12 @@ def test_what_cannot_be_skewed_says_why(axis: str, message: str) -> None:
         skewed(of(), Skew(axis, 2))
 
 
+@pytest.mark.parametrize("skew", [Skew("w", 0), Skew("w", 10**6), Skew("w", 2, 0), Skew("w", 2, 10**6)])
+def test_counts_are_bounded(skew: Skew) -> None:
+    with pytest.raises(ScheduleError, match="w of forward cannot be skewed"):
+        skewed(of(), skew)
+
+
 def test_a_step_of_a_block_beyond_its_end_would_be_another_block() -> None:
     text = "n rest grid | g rest grid | f rest grid | t rest grid | h rest grid | w rest grid | c rest serial"
     text += " | kt rest serial | kh rest serial | ws rest serial | wi 8 lanes"
