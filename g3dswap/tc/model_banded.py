@@ -86,7 +86,9 @@ def _lines(nest: Nest, image: int, word: int, across: bool) -> float:
     strides = nest.tensor(access.tensor).strides
     size = ITEM_BYTES[nest.tensors[0].dtype]
     # The line's index adds a block of positions, `step` elements apart, and the patch's elements.
-    index = next(i for i, s in zip(access.indices, strides) if s == 1 and len(i.terms) > 1)
+    index = next((i for i, s in zip(access.indices, strides) if s == 1 and len(i.terms) > 1), None)
+    if index is None:
+        return float(WARP)
     (blocks, step), (patch, _) = sorted(index.terms, key=lambda term: -abs(term[1]))[:2]
     least = word * size * WARP / LINE
     if across:

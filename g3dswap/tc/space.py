@@ -60,7 +60,7 @@ class Space:
             if self.target == "cpp":
                 return cost_cpp(scheduled, self.threads)
             warps = schedule.hint("warps", 4)
-            if schedule.skew:
+            if schedule.skew and is_product(schedule):
                 ahead, across = schedule.hint("ahead", 0), schedule.hint("across", 0)
                 return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across))
             if is_product(schedule):

@@ -11,7 +11,8 @@ import torch
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc.product import Product
-from g3dswap.tc.schedule import Schedule, apply
+from g3dswap.tc.schedule import Digit, Schedule, apply, rewritten
+from g3dswap.tc.skew import Skew
 from g3dswap.tc.space import Space
 from g3dswap.tc.space_banded import families, skewings
 from tests.tc.test_print_triton import DEVICE, check
@@ -88,6 +89,19 @@ def test_mutations_stay_banded(direction: str) -> None:
         assert schedule.skew and space.cost(schedule) < math.inf
         seen.add(schedule)
     assert len(seen) > 10
+
+
+def test_any_skewed_schedule_has_a_cost() -> None:
+    for layout in ("contiguous", "channels_last_3d"):
+        nest = nest_of(problem_of("forward", GEOMETRIES["four channels a group"], layout))
+        for axis in "thw":
+            skews = (Skew(axis, 4),)
+            whole = rewritten(nest, (), skews)
+            product = [Digit("w", 16, "rows"), Digit("f", 16, "cols"), Digit("c", 16, "depth")]
+            outer = [Digit(a.name, None, "serial" if a.reduce else "grid") for a in whole.axes]
+            for digits in (outer, [*outer, *product]):
+                schedule = Schedule(tuple(digits), skew=skews)
+                assert 0 < Space(nest, "triton").cost(schedule) < math.inf
 
 
 def test_only_few_channels_whose_positions_are_consecutive_are_skewed() -> None:
