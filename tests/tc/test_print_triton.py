@@ -166,7 +166,8 @@ def check(problem: Problem, schedule: Schedule, batch: int = 2) -> str:
     arrays = {name: plain(t, nest, name) for name, t in zip(nest.operands, operands)}
     interpreted = torch.from_numpy(interpret(scheduled, arrays, batch)).reshape(ref.shape)
     # PyTorch's hardswish on a GPU multiplies by a sixth in single precision, float64 or not.
-    assert native.error(interpreted, ref) < (1e-7 if problem.activation == "hardswish" else 1e-13)
+    single = DEVICE == "cuda" and problem.activation == "hardswish"
+    assert native.error(interpreted, ref) < (1e-7 if single else 1e-13)
     kernel = build(nest, schedule, "triton")
     out = torch.full(ref.shape, torch.nan, dtype=problem.dtype, device=DEVICE)
     out = out.contiguous(memory_format=problem.memory_format)
