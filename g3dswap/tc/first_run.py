@@ -85,8 +85,7 @@ def _bytes(nest: Nest, batch: int) -> Sequence[int]:
 
     out = nest.tensor(nest.output.tensor)
     result = elements(out) * width(out)
-    if nest.partial_loops:
-        counts = [nest.loops[i].count for i in nest.partial_loops]
-        parts = math.prod(batch if count is None else count for count in counts)
+    if nest.partial_counts:
+        parts = math.prod(batch if count is None else count for count in nest.partial_counts)
         result = elements(out) * parts * max(4, width(out))
     return [result, *(elements(t) * width(t) for t in map(nest.tensor, nest.operands))]

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import math
 
-from .model_product import SHARED_BYTES
+from .model_product import SHARED_BYTES, elements_of
 from .model_triton import CYCLES, LINE, PROCESSORS, REGISTERS, WARP, footprint, tile_of
-from .nest import SIDE_BINDS, Nest
-from .pack import image_of
-from .triton_text import parts
+from .nest import SIDE_BINDS, Access, Nest
+from .roles import image_and_other
 from .words import ITEM_BYTES
 
 LAUNCH = 3e-6
@@ -43,36 +42,27 @@ def cost(nest: Nest, warps: int, ahead: int, across: bool, batch: int = 4) -> fl
     counts = [loop.count or batch for loop in nest.loops]
     programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
     runs = math.prod(counts[: nest.tile_start]) // programs
-    lengths = {b: math.prod(p.count or 1 for p in nest.loops if p.bind == b) for b in SIDE_BINDS}
     tile, threads, size = tile_of(nest), WARP * warps, ITEM_BYTES[nest.tensors[0].dtype]
-    place = image_of(nest)
-    image, other = nest.factors[place], nest.factors[1 - place]
+    image, other = image_and_other(nest)
     planes, bands = (footprint(nest, factor, tile).elements for factor in (image, other))
-    elements, word = _elements(nest, place), _word(nest)
+    elements, kernel, word = elements_of(nest, image), elements_of(nest, other) * bands, _word(nest)
     loads = elements / word / threads
-    band = _elements(nest, 1 - place) * bands / threads
     results = math.prod(p.count or 1 for p in tile.own if not nest.is_reduce(p.axis))
-    held = results * lengths["rows"] * lengths["cols"] / threads
+    rows, cols, depth = nest.lengths.values()
+    held = results * rows * cols / threads
     operand = OPERAND * elements * size / 4 / threads
     wanted = OWN + held + operand * (1 + ahead)
     registers = min(MOST, OWN + held + operand * (1 + min(ahead, 2)))
-    shared = (elements + _elements(nest, 1 - place) * bands) * size
-    if shared > SHARED_BYTES:
+    if (elements + kernel) * size > SHARED_BYTES:
         return math.inf
     resident = max(1, min(64 // warps, int(REGISTERS / (registers * threads))))
     waves = max(1.0, programs / (PROCESSORS * resident))
     alone = waves * runs * planes * (PLANE + LOAD * loads)
-    multiplied = tile.terms * math.prod(lengths.values()) / MATRIX
-    lines = planes * loads * warps * _lines(nest, place, word, across) * LINES
-    together = programs / PROCESSORS * runs * (multiplied + lines + band * warps * KERNEL) / CYCLES
+    multiplied = tile.terms * rows * cols * depth / MATRIX
+    lines = planes * loads * warps * _lines(nest, image, word, across) * LINES
+    together = programs / PROCESSORS * runs * (multiplied + lines + kernel / WARP * KERNEL) / CYCLES
     spilled = max(1.0, wanted / MOST) ** SPILL
     return LAUNCH + spilled * max(alone, together) + OVERLAP * min(alone, together)
-
-
-def _elements(nest: Nest, factor: int) -> int:
-    """How many elements one operand of a factor has."""
-    axes = nest.factors[factor].axes
-    return math.prod(p.count or 1 for p in nest.loops if p.bind in SIDE_BINDS and parts(nest, p.axis) & axes)
 
 
 def _word(nest: Nest) -> int:
@@ -80,13 +70,12 @@ def _word(nest: Nest) -> int:
     return math.prod(p.count or 1 for p in nest.loops if p.bind in SIDE_BINDS and nest.fusion_of(p.axis))
 
 
-def _lines(nest: Nest, image: int, word: int, across: bool) -> float:
+def _lines(nest: Nest, image: Access, word: int, across: bool) -> float:
     """Cache lines of a warp's load: its lanes have words of neighbouring blocks, or of one block."""
-    access = nest.factors[image]
-    strides = nest.tensor(access.tensor).strides
+    strides = nest.tensor(image.tensor).strides
     size = ITEM_BYTES[nest.tensors[0].dtype]
     # The line's index adds a block of positions, `step` elements apart, and the patch's elements.
-    index = next((i for i, s in zip(access.indices, strides) if s == 1 and len(i.terms) > 1), None)
+    index = next((i for i, s in zip(image.indices, strides) if s == 1 and len(i.terms) > 1), None)
     if index is None:
         return float(WARP)
     (blocks, step), (patch, _) = sorted(index.terms, key=lambda term: -abs(term[1]))[:2]

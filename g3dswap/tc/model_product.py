@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from .model_triton import BANDWIDTH, CYCLES, LINE, PROCESSORS, REGISTERS, WARP, footprint, tile_of
-from .nest import Access, Loop, Nest
+from .nest import SIDE_BINDS, Access, Loop, Nest
 from .triton_text import parts
 from .words import ITEM_BYTES
 
@@ -56,12 +56,11 @@ def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
     counts = [loop.count or batch for loop in nest.loops]
     programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
     runs = math.prod(counts[: nest.tile_start]) // programs
-    sides = {loop.bind: loop for loop in nest.loops if loop.bind in ("rows", "cols", "depth")}
     tile = tile_of(nest)
     size = ITEM_BYTES[nest.tensors[0].dtype]
-    uses = [_operands(nest, f, footprint(nest, f, tile).elements, sides, warps) for f in nest.factors]
+    uses = [_operands(nest, f, footprint(nest, f, tile).elements, warps) for f in nest.factors]
     tiles, loads, trips = (sum(getattr(u, what) for u in uses) for what in ("tiles", "loads", "trips"))
-    rows, cols, depth = (sides[bind].count or 1 for bind in ("rows", "cols", "depth"))
+    rows, cols, depth = nest.lengths.values()
     results = math.prod(p.count or 1 for p in tile.own if not nest.is_reduce(p.axis))
     pipelined = stages > 2 and runs > 1
     made = sum(u.made for u in uses)
@@ -85,17 +84,26 @@ def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
     )
 
 
-def _operands(nest: Nest, factor: Access, tiles: int, sides: dict[str, Loop], warps: int) -> _Operands:
+def _operands(nest: Nest, factor: Access, tiles: int, warps: int) -> _Operands:
     size = ITEM_BYTES[nest.tensors[0].dtype]
-    along = [p for p in sides.values() if parts(nest, p.axis) & factor.axes]
-    elements = math.prod(p.count or 1 for p in along)
-    run, width = _contiguous(nest, factor, along)
+    elements = elements_of(nest, factor)
+    run, width = _contiguous(nest, factor)
     loads = tiles * max(1.0, elements / (WARP * warps * width))
     trips = tiles * elements * (size / LINE + SHORT_ROW / run)
     return _Operands(tiles, loads, trips, elements * size, tiles * elements * size)
 
 
-def _contiguous(nest: Nest, factor: Access, along: list[Loop]) -> tuple[int, int]:
+def elements_of(nest: Nest, factor: Access) -> int:
+    """How many elements one operand of a factor has."""
+    return math.prod(loop.count or 1 for loop in _along(nest, factor))
+
+
+def _along(nest: Nest, factor: Access) -> list[Loop]:
+    """The loops of the product's sides that a factor runs along."""
+    return [p for p in nest.loops if p.bind in SIDE_BINDS and parts(nest, p.axis) & factor.axes]
+
+
+def _contiguous(nest: Nest, factor: Access) -> tuple[int, int]:
     """How many elements of a tile follow each other in memory, and how many one load may bring.
 
     Along channels the condition of a load is the same for all, along positions it is not.
@@ -103,7 +111,7 @@ def _contiguous(nest: Nest, factor: Access, along: list[Loop]) -> tuple[int, int
     size = ITEM_BYTES[nest.tensors[0].dtype]
     strides = nest.tensor(factor.tensor).strides
     best = (1, 1)
-    for loop in along:
+    for loop in _along(nest, factor):
         fused = nest.fused_axis(loop.axis)
         run = 1
         for part in reversed(fused.parts if fused else (loop.axis,)):

@@ -233,6 +233,11 @@ class Nest:
         return start
 
     @property
+    def lengths(self) -> dict[str, int]:
+        """How long each side of the matrix product is, blocks included."""
+        return {b: math.prod(p.count or 1 for p in self.loops if p.bind == b) for b in SIDE_BINDS}
+
+    @property
     def accumulate_from(self) -> int:
         """The level at which accumulators live: only reductions and the register tile are inside."""
         level = self.tile_start

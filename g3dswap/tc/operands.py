@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from .place_nd import Spot, fixed
 from .triton_text import WORDS, Expressions, sides_of
 from .words import Word, word
@@ -16,9 +14,7 @@ class Operands:
         self.write = write
         self.text = write.text
         self.dtype = dtype
-        self.lengths = {
-            side: math.prod(write.vectors[v].count or 1 for v in own) for side, own in write.sides.items()
-        }
+        self.lengths = write.nest.lengths
 
     def variables(self, role: str) -> frozenset[str]:
         """The variables of an operand's two sides; one of words has none for the elements of a block."""

@@ -76,11 +76,11 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
 
 def image_of(nest: Nest) -> int:
     """Which factor is read at shifted positions: the first such, or the first of all if none is."""
-    shifted = (any(is_shifted(index) for index in f.indices) for f in nest.factors)
+    shifted = (any(_is_shifted(index) for index in f.indices) for f in nest.factors)
     return next((place for place, found in enumerate(shifted) if found), 0)
 
 
-def is_shifted(index: Index) -> bool:
+def _is_shifted(index: Index) -> bool:
     """Whether an index adds axes, other than those that one axis was split into, or divides."""
     (first, _), *rest = index.terms or (("", 0),)
     return index.divisor > 1 or [name for name, _ in rest] not in ([], [inner_name(first)])

@@ -57,17 +57,16 @@ def _check(nest: Nest) -> None:
         binds = [p.bind for p in vectors if nest.fusion_of(p.axis) is None]
         if sorted(binds) != sorted(SIDE_BINDS):
             raise ScheduleError(f"a matrix product has one loop each of rows, cols and depth, not {binds}.")
-        lengths = [math.prod(p.count or 1 for p in vectors if p.bind == bind) for bind in SIDE_BINDS]
-        _check_dot(nest, vectors, dict(zip(SIDE_BINDS, lengths)))
-        size = max(map(math.prod, itertools.combinations(lengths, 2)))
+        _check_dot(nest, vectors)
+        size = max(map(math.prod, itertools.combinations(nest.lengths.values(), 2)))
     else:
         size = math.prod(p.count or 1 for p in vectors)
     if size > MAX_TILE:
         raise ScheduleError(f"a tile of {size} elements is too large; use at most {MAX_TILE}.")
 
 
-def _check_dot(nest: Nest, loops: list[Loop], lengths: dict[str, int]) -> None:
-    dtype = nest.tensors[0].dtype
+def _check_dot(nest: Nest, loops: list[Loop]) -> None:
+    dtype, lengths = nest.tensors[0].dtype, nest.lengths
     if dtype == "float64" or len(nest.factors) != 2:
         raise ScheduleError(f"no matrix unit multiplies {len(nest.factors)} factors of {dtype}; use lanes.")
     for p in loops:
@@ -100,7 +99,7 @@ class _Printer:
         self.roles = self._roles()
         self.operands = Operands(self.write, self.dtype)
         lanes = [p.count or 1 for p in self.vectors.values()]
-        self.sides = [self.operands.lengths[b] for b in ("rows", "cols")] if self.write.dot else lanes
+        self.sides = [nest.lengths[b] for b in ("rows", "cols")] if self.write.dot else lanes
         self.terms = 0
 
     def _roles(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from .nest import SIDE_BINDS, Nest
@@ -114,6 +115,11 @@ def _blocks(tile: Tile, own: set[str]) -> dict[str, int]:
 
 def is_product(schedule: Schedule) -> bool:
     return any(d.bind == "depth" for d in schedule.digits)
+
+
+def of_tiles(products: Sequence[Product], wanted: Container[Tile]) -> Iterator[Product]:
+    """Those of the products that have one of these tiles."""
+    return (product for product in products if product.tile in wanted)
 
 
 def splits(nest: Nest, own: tuple[Side, ...], tile: Tile) -> list[Split]:

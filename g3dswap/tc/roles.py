@@ -28,15 +28,19 @@ def sides(nest: Nest) -> list[str]:
     gradient in the kernel has them the other way round.  Patches of skewed axes are none: they are channels.
     """
     image, other = image_and_other(nest)
-    patches = added(other) | added(nest.output)
     batch = {a.name for a in nest.axes if a.extent is None}
     summed = not batch & other.axes  # the other factor is the kernel
-    return [a.name for a in nest.axes if a.name in added(image) - patches and a.reduce == summed]
+    return [a.name for a in nest.axes if a.name in added(image) - _patches(nest) and a.reduce == summed]
 
 
 def added(access: Access) -> set[str]:
     """The axes that are added to others in an index."""
     return {a for index in access.indices if len(index.terms) > 1 for a in index.axes}
+
+
+def _patches(nest: Nest) -> set[str]:
+    """The patches of skewed axes, and what such axes were split into: they are added elsewhere too."""
+    return added(image_and_other(nest)[1]) | added(nest.output)
 
 
 @dataclass(frozen=True)
@@ -69,5 +73,4 @@ def roles_of(nest: Nest) -> Roles:
     own = tuple(a.name for a in usable if a.name in image.axes - other.axes and not a.reduce)
     mine = tuple(a.name for a in usable if a.name in other.axes - image.axes and not a.reduce)
     both = tuple(a.name for a in usable if a.name in image.axes & other.axes and a.reduce)
-    patches = added(other) | added(nest.output)
-    return Roles(own, mine, both, bool((shifted - patches) & set(own)))
+    return Roles(own, mine, both, bool((shifted - _patches(nest)) & set(own)))

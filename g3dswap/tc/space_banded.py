@@ -17,11 +17,11 @@ from functools import partial
 
 from ..errors import ScheduleError
 from .nest import Nest, Tensor
-from .product import Product, Skews, splits
+from .product import Product, Skews, of_tiles, splits
 from .roles import added, image_and_other, possible, roles_of, sides
 from .schedule import rewritten
 from .skew import Skew, patch_name, shifted_by
-from .space_triton import WARP, Tile, power
+from .space_triton import WARP, Tile, another_split, power
 from .words import ITEM_BYTES, WORD_BYTES
 
 LEAST, MOST = 16, 64
@@ -61,12 +61,17 @@ def skewings(nest: Nest) -> list[Skews]:
         )
         for counts in itertools.product(BLOCKS, repeat=len(axes)):
             wide = filters * math.prod(counts)
+            if not LEAST <= wide <= MOST:
+                continue
             fast, (index, _) = axes[-1]
             for word in _words(tensor, index.coefficient(fast) * counts[-1]):
                 skews = tuple(Skew(a, c, word if a == fast else 1) for (a, _), c in zip(axes, counts))
-                patches = [rewritten(nest, (), (each,)).extent(patch_name(each.axis)) or 1 for each in skews]
-                deep = channels * math.prod(patches)
-                if LEAST <= wide <= MOST and deep <= DEEPEST:
+                try:
+                    whole = rewritten(nest, (), skews)
+                except ScheduleError:
+                    continue
+                deep = channels * math.prod(whole.extent(patch_name(a)) or 1 for a, _ in axes)
+                if deep <= DEEPEST:
                     multiplied = power(deep, DEEPEST) * power(wide, MOST) / wide / MULTIPLIED
                     ranked.append((taps * (multiplied + deep / (word * wide * LOADED)), skews))
     return [skews for _, skews in sorted(ranked)[:SKEWINGS]]
@@ -88,22 +93,15 @@ def families(nest: Nest) -> Iterator[tuple[list[Product], Callable[[Container[Ti
     for skews in skewings(nest):
         products = list(_products(nest, skews))
         first = list({product.tile: product for product in reversed(products)}.values())
-        yield first, partial(_of_tiles, products)
-
-
-def _of_tiles(products: list[Product], wanted: Container[Tile]) -> Iterator[Product]:
-    return (product for product in products if product.tile in wanted)
+        yield first, partial(of_tiles, products)
 
 
 def _products(nest: Nest, skews: Skews) -> Iterator[Product]:
-    try:
-        whole = rewritten(nest, (), skews)
-    except ScheduleError:
-        return
+    whole = rewritten(nest, (), skews)
     roles = roles_of(whole)
     positions = roles.positions[-2:]
     steps = math.prod(whole.extent(a) or 1 for a in positions)
-    places = [c for c in POSITIONS if c <= power(steps, POSITIONS[-1])] or [max(LEAST, power(steps, MOST))]
+    places = [c for c in POSITIONS if c <= power(steps, POSITIONS[-1])] or [LEAST]
     channels, others = (
         (axes, max(LEAST, power(math.prod(whole.extent(a) or 1 for a in axes), DEEPEST)))
         for axes in (roles.channels, roles.other)
@@ -143,10 +141,7 @@ def mutate(nest: Nest, product: Product, rng: random.Random) -> Product:
         return replace(product, tile=rng.choice(_tiles(whole)))
     if choice == 2:
         options = splits(whole, (product.rows, product.cols, product.depth), product.tile)
-        own = tuple((n, c) for n, c in product.split if whole.is_reduce(n.split("*")[0]))
-        halved = tuple((n, max(1, c // 2)) for n, c in own)
-        doubled = tuple((n, c * 2 if c > 1 else c) for n, c in own)
-        return replace(product, split=rng.choice([*options, halved, doubled]))
+        return replace(product, split=another_split(whole, product.split, options, rng))
     if choice == 3:
         return replace(product, warps=rng.choice((1, 2, 4, 8)))
     return replace(product, ahead=rng.choice(AHEAD), across=rng.random() < 0.5)

@@ -11,17 +11,17 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from functools import partial
 
 from ..errors import ScheduleError
 from .nest import SIDE_BINDS, Nest
-from .product import Packs, Product, Side, splits
+from .product import Packs, Product, Side, of_tiles, splits
 from .roles import Roles, image_and_other, possible, roles_of, sides
 from .schedule import rewritten
-from .space_cpp import phases, reduces
-from .space_triton import WARP, Tile, power
+from .space_cpp import phases
+from .space_triton import WARP, Tile, another_split, power
 
 MAX_PRODUCTS = 54
 """Matrix products of one unrolled tile: each is some hundred instructions."""
@@ -71,11 +71,7 @@ def families(nest: Nest) -> Iterator[tuple[list[Product], Callable[[Container[Ti
             products = list(_products(whole, roles, packs, positions))
             small = {p.tile: p for p in products if math.prod(n for _, n in p.sides.values()) <= TYPICAL}
             first = list(({p.tile: p for p in reversed(products)} | small).values())
-            yield first, partial(_of_tiles, products)
-
-
-def _of_tiles(products: Sequence[Product], wanted: Container[Tile]) -> Iterator[Product]:
-    return (product for product in products if product.tile in wanted)
+            yield first, partial(of_tiles, products)
 
 
 def _runs(nest: Nest, axes: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -175,10 +171,7 @@ def mutate(nest: Nest, product: Product, rng: random.Random) -> Product:
         return replace(product, tile=rng.choice(_tiles(whole, positions, blocks)))
     if choice == 2:
         options = splits(whole, (product.rows, product.cols, product.depth), product.tile)
-        own = tuple((n, c) for n, c in product.split if reduces(whole, n))
-        halved = tuple((n, max(1, c // 2)) for n, c in own)
-        doubled = tuple((n, c * 2 if c > 1 else c) for n, c in own)
-        return replace(product, split=rng.choice([*options, halved, doubled]))
+        return replace(product, split=another_split(whole, product.split, options, rng))
     if choice == 3:
         return replace(product, warps=rng.choice((1, 2, 4, 8)))
     return replace(product, stages=rng.choice(STAGES), ahead=rng.choice(AHEAD))

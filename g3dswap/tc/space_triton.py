@@ -258,6 +258,14 @@ def split_reductions(
     return list(dict.fromkeys(found))
 
 
+def another_split(nest: Nest, split: Split, options: Sequence[Split], rng: random.Random) -> Split:
+    """One of the options, or a split with steps half or twice as many."""
+    own = tuple((n, c) for n, c in split if reduces(nest, n))
+    halved = tuple((n, max(1, c // 2)) for n, c in own)
+    doubled = tuple((n, c * 2 if c > 1 else c) for n, c in own)
+    return rng.choice([*options, halved, doubled])
+
+
 def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
     """A point that differs in one choice: a lane count, an unroll count, a split reduction, the warps."""
     choice = rng.randrange(4)
@@ -270,10 +278,7 @@ def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
         return replace(point, tile=_near(tiles(nest, point.lanes), point.tile, rng))
     if choice == 2:
         options = splits(nest, point.lanes, point.tile)
-        own = tuple((n, c) for n, c in point.split if reduces(nest, n))
-        halved = tuple((n, max(1, c // 2)) for n, c in own)
-        doubled = tuple((n, c * 2 if c > 1 else c) for n, c in own)
-        return replace(point, split=rng.choice([*options, halved, doubled]))
+        return replace(point, split=another_split(nest, point.split, options, rng))
     return replace(point, warps=rng.choice((1, 2, 4, 8)))
 
 

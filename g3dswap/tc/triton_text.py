@@ -50,9 +50,8 @@ class Expressions:
         loops = {f"v{i}": p for i, p in enumerate(nest.loops)}
         self.vectors = {v: p for v, p in loops.items() if p.bind in VECTOR_BINDS and p.count != 1}
         self.dot = any(p.bind == "depth" for p in self.vectors.values())
-        self.sides: dict[str, list[str]] = {bind: [] for bind in SIDE_BINDS}
-        for v, p in sorted(self.vectors.items(), key=lambda item: nest.fusion_of(item[1].axis) is not None):
-            self.sides.setdefault(p.bind, []).append(v)
+        ordered = sorted(self.vectors, key=lambda v: nest.fusion_of(loops[v].axis) is not None)
+        self.sides = {bind: [v for v in ordered if loops[v].bind == bind] for bind in SIDE_BINDS}
         self.dims = {v: d for d, v in enumerate(v for v, p in self.vectors.items() if p.bind == "lanes")}
         inside = [v for v, p in loops.items() if p.bind == "serial" and p.count != 1]
         self.levels = {v: level for level, v in enumerate(inside, 1)}
