@@ -179,8 +179,17 @@ class _Printer:
         found = None if condition or not self.write.reach(spot.address) else word(spot, self.dtype)
         if found is not None:
             wide, place = found
-            return self.text.define(prefix, wide.element(self.read_words(wide), place))
+            return self.text.define(prefix, wide.element(self.read_words(wide), place), self.home(spot))
+        if self.dtype == "bfloat16":
+            # A shift, for ptxas makes a conversion again for each use and holds registers for it.
+            alone = Word(spot, 1, self.dtype)
+            bits = self.read("bits", spot, role, condition, self.text.variable(*alone.base))
+            return self.text.define(prefix, alone.element(bits, 0), self.home(spot))
         return self.read(prefix, spot, role, condition)
+
+    def home(self, spot: Spot) -> int:
+        """The outermost scope in which a spot stays the same."""
+        return max(self.write.level(form) for form in spot.forms)
 
     def begin(self, prefix: str, spot: Spot, role: str) -> None:
         """Load what a later product takes; words stay words until then."""
@@ -209,7 +218,7 @@ class _Printer:
         text = f"tl.load({pointer}, mask={mask}, other={other})" if mask else f"tl.load({pointer})"
         if self.dtype != self.compute and not role and not base:
             text += f".to(tl.{self.compute})"
-        return self.text.define(prefix, text)
+        return self.text.define(prefix, text, self.text.level if role else self.home(spot))
 
     def rounded(self, name: str) -> str:
         """A factor of a matrix product: a float32 as the nearest TF32, which the unit would truncate it to.

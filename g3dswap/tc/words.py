@@ -51,7 +51,7 @@ class Word:
 
     def _half(self, name: str, position: int) -> tuple[str, int]:
         """The 32 bits of a word of half types that an element is in, and its place there."""
-        if self.width == 4:
+        if self.width != 2:
             name = f"({name} >> 32).to(tl.int32)" if position >= 2 else f"{name}.to(tl.int32)"
         return name, position % 2
 
