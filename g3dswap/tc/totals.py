@@ -13,16 +13,19 @@ from .lower import lower
 from .nest import Nest
 from .parser import parse
 from .schedule import Digit, Schedule
-from .space_triton import power
+from .space_triton import WARP, power
 
 TOTAL = """
 def total(float(N,S,E) P) -> (O) {
   O(i) +=! P(n,s,i)
 }
 """
-LANES = 64
-PARTS = 8
-"""Partial results that are added at a time, by lanes beside each other."""
+TILE = 256
+"""Partial results that a program adds at a time, one in each thread: some of each of its elements."""
+ELEMENTS = (8, 64)
+"""Elements of a program, at least and at most."""
+PROGRAMS = 200
+"""Where a result has few elements, a program has few of them and adds more of their parts at a time."""
 
 
 def total(nest: Nest) -> tuple[Nest, Schedule] | None:
@@ -44,8 +47,10 @@ def total(nest: Nest) -> tuple[Nest, Schedule] | None:
     dtype = "float64" if result.dtype == "float64" else "float32"
     made = lower(parse(TOTAL), sizes, strides, dtype, batch="N" if batched else None)
     tensors = tuple(replace(t, dtype=result.dtype) if t.name == "O" else t for t in made.tensors)
-    lanes, parts = power(elements, LANES), power(known, PARTS)
+    fewest, most = ELEMENTS
+    lanes = max(fewest, power(elements // PROGRAMS + 1, 2 * most) // 2)
+    parts = power(known, TILE // lanes)
     digits = [Digit("i", None, "grid"), Digit("n", None, "serial"), Digit("s", None, "serial")]
     digits += [Digit("s", parts, "lanes"), Digit("i", lanes, "lanes")]
-    warps = max(1, lanes * parts // 256)
+    warps = max(1, lanes * parts // WARP)
     return replace(made, tensors=tensors, _by_name={}), Schedule(tuple(digits), (), (), (("warps", warps),))

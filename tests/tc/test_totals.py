@@ -57,6 +57,20 @@ def test_the_sum_is_one_kernel_with_all_partial_results() -> None:
     assert show(nest, schedule, "triton") == f"{kernel.source}\n\n{kernel.total.source}"
 
 
+def test_few_elements_are_summed_by_many_threads() -> None:
+    """A program has 256 threads: the fewer elements of the result, the more parts of each at a time."""
+    split = (
+        "g rest grid | f rest grid | c rest grid | kt rest grid | kh rest grid | kw rest grid | n rest grid"
+    )
+    for groups, tile in ((4, "s 32 lanes | i 8 lanes"), (512, "s 4 lanes | i 64 lanes")):
+        geometry = Geometry(groups, groups, groups, (40, 3, 3), (3, 3, 3), padding=(1, 1, 1))
+        nest = nest_of(Problem("grad_weight", geometry, device=DEVICE))
+        schedule = schedule_of(f"{split} | t rest grid | h rest serial | w 8 lanes")
+        found = total(apply(nest, schedule))
+        assert found is not None
+        assert str(found[1]).endswith(f"{tile}; warps=8")
+
+
 FORWARD = (
     "n rest grid | g rest grid | f rest grid | t rest grid | h rest grid | w rest grid | c rest grid"
     " | kt rest serial | kh rest serial | kw rest serial"
