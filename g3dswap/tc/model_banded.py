@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 
-from .model_product import SHARED_BYTES, elements_of
-from .model_triton import CYCLES, LINE, PROCESSORS, REGISTERS, WARP, footprint, tile_of
+from .footprint import LINE, WARP, footprint, tile_of
+from .model_product import CYCLES, SHARED_BYTES, elements_of
+from .model_triton import MOST_REGISTERS, PROCESSORS, REGISTERS
 from .nest import SIDE_BINDS, Access, Nest
 from .roles import image_and_other
 from .words import ITEM_BYTES
@@ -34,7 +35,6 @@ OWN, OPERAND = 38, 1.4
 SPILL = 1.6
 OVERLAP = 0.3
 """Of the smaller of the two times, what the larger one does not hide."""
-MOST = 255  # registers of a thread
 
 
 def cost(nest: Nest, warps: int, ahead: int, across: bool, batch: int = 4) -> float:
@@ -52,7 +52,7 @@ def cost(nest: Nest, warps: int, ahead: int, across: bool, batch: int = 4) -> fl
     held = results * rows * cols / threads
     operand = OPERAND * elements * size / 4 / threads
     wanted = OWN + held + operand * (1 + ahead)
-    registers = min(MOST, OWN + held + operand * (1 + min(ahead, 2)))
+    registers = min(MOST_REGISTERS, OWN + held + operand * (1 + min(ahead, 2)))
     if (elements + kernel) * size > SHARED_BYTES:
         return math.inf
     resident = max(1, min(64 // warps, int(REGISTERS / (registers * threads))))
@@ -61,7 +61,7 @@ def cost(nest: Nest, warps: int, ahead: int, across: bool, batch: int = 4) -> fl
     multiplied = tile.terms * rows * cols * depth / MATRIX
     lines = planes * loads * warps * _lines(nest, image, word, across) * LINES
     together = programs / PROCESSORS * runs * (multiplied + lines + kernel / WARP * KERNEL) / CYCLES
-    spilled = max(1.0, wanted / MOST) ** SPILL
+    spilled = max(1.0, wanted / MOST_REGISTERS) ** SPILL
     return LAUNCH + spilled * max(alone, together) + OVERLAP * min(alone, together)
 
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .model_triton import BANDWIDTH, CYCLES, LINE, PROCESSORS, REGISTERS, WARP, footprint, tile_of
+from .footprint import LINE, WARP, footprint, tile_of
+from .model_triton import PROCESSORS, REGISTERS
 from .nest import SIDE_BINDS, Access, Loop, Nest
 from .triton_text import parts
 from .words import ITEM_BYTES
 
+BANDWIDTH = 4e12
+CYCLES = 1.75e9
 STEP = {False: 4.0e-6, True: 0.6e-6}
 """Seconds of one step of the loops around a product, without and with loads that are begun steps ahead."""
 TILE = 4e-8

@@ -1,226 +1,236 @@
-"""A cost model for Triton kernels on a large GPU: issue slots, trips to the L1 cache, bytes, latency.
+"""A cost model for Triton kernels on a large GPU: instructions, trips to the L1 cache, bytes, latency.
 
-A warp's instructions are counted from the register tile, terms that vanish left out; a load of a word
-(`words`) is one instruction.  The slowest of four resources decides: the schedulers that issue, the L1
-cache, which serves 128 bytes a cycle, the device memory, and the latency of a chain of loads where there
-are too few programs to hide it.  Only the order that this gives to schedules matters; the constants are
-those of an H100-class device.
+A warp's instructions are counted from the register tile; what a factor brings is counted once for all loops
+that it does not change in, as it is loaded there.  A multiprocessor takes as long as its schedulers issue, as
+its L1 cache serves lines, or as one warp takes alone, which waits for its loads at each step; the device as
+long as that, as its L2 cache serves what each program reads (more than the tensor, where neighbours read the
+same rows), or as its memory.  The constants are fitted to 2,500 kernels measured on H100s; among the model's
+best 8 of a space is one within a few percent of the best that was found.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .nest import VECTOR_BINDS, Access, Axis, Index, Loop, Nest, Tensor
+from .footprint import WARP, footprint, lanes_of, lines, tile_of, width
+from .nest import Access, Nest
+from .space_cpp import SIDE
 from .triton_text import parts
-from .words import ITEM_BYTES, WORD_BYTES
+from .words import ITEM_BYTES
 
-BANDWIDTH = 4e12
+BANDWIDTH = 2.04e12
+"""Bytes a second of the device memory, in practice."""
+L2_BANDWIDTH = 6.85e12
 PROCESSORS = 132
-CYCLES = 1.75e9
-ISSUES = 4 * 0.8
-"""Instructions that a multiprocessor issues in a cycle, at best and in practice."""
-LINE = 128
-LATENCY = 7e-7
-"""Seconds until a load from device memory, and what waits for it, is through."""
+CYCLES = 1.9e9
 REGISTERS = 65536
-LAUNCH = 3e-6
-WARP = 32
-PRIME = (1 << 31) - 1  # hashes of points are taken modulo this: two points rarely have the same
-MOST_TILES = 4096
-"""Tiles that are remembered: many schedules of a search have the same."""
+MOST_REGISTERS = 255  # of a thread
+MOST_WARPS = 64  # of a multiprocessor
+MOST_PROGRAMS = 32
+SECTOR = 32  # bytes
 
-Values = NDArray[np.int64]
+ISSUES = 4 * 0.685
+"""Instructions that a multiprocessor issues in a cycle, at best and in practice."""
+ALONE = 2.8
+"""Cycles from one instruction of a warp to the next, if it has the scheduler for itself."""
+LATENCY = 4.54e-7
+"""Seconds until the loads of a step are through."""
+LAUNCH = 3.95e-6
 
-
-@dataclass(frozen=True)
-class Footprint:
-    """What one execution of the register tile reads of a factor.
-
-    elements, words: distinct ones; lines: trips to the cache of a warp's load of one word.
-    """
-
-    elements: int
-    words: int
-    lines: float
-    vector: bool
+A_LOAD, A_HALF, AN_ELEMENT_OF_A_WORD, A_STORE = 2.18, 1.57, 1.22, 2.01
+"""Instructions of a load with its mask, of making a float32 of what it brought, and of a store."""
+A_SUM = 12
+"""Instructions of adding an accumulator up over the lanes of a warp."""
+A_FURTHER_LINE, A_STORED_LINE = 0.13, 1.06
+"""Trips of each line of a load but the first, and of a line of a store."""
+A_PARTIAL = 13
+"""Bytes of memory traffic for an element of a partial result: written, read and summed."""
+TORN = 1.39
+"""How often a result is written again, where programs write parts of the same sectors."""
+OWN_REGISTERS, PER_VALUE = 22.6, 0.75
+"""Registers of a thread: those of addresses and masks, and for each value that is held."""
+SHARPNESS = 3
+"""Exponent of the norm by which resources are combined, which are used side by side."""
 
 
 def cost(nest: Nest, warps: int = 4, batch: int = 4) -> float:
     """Estimated seconds of a scheduled nest, run by programs of so many warps."""
-    counts = [loop.count or batch for loop in nest.loops]
-    programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
-    runs = math.prod(counts[: nest.tile_start]) // programs
-    lanes = _lanes(nest)
-    each = max(1.0, math.prod(p.count or 1 for p in lanes) / (WARP * warps))  # elements of a thread
-    tile = tile_of(nest)
-    terms = tile.terms
-    factors = [footprint(nest, f, tile) for f in nest.factors]
-    accumulators = math.prod(p.count or 1 for p in tile.own if not nest.is_reduce(p.axis))
-    half = ITEM_BYTES[nest.tensors[0].dtype] < 4
-    loads = sum(f.words for f in factors if f.vector)
-    issued = terms * each + 1.5 * loads * each + sum(f.words for f in factors if not f.vector) + 12
-    issued += half * sum(f.elements for f in factors if f.vector) * each
-    trips = sum(f.words * f.lines * (each if f.vector else 1) for f in factors)
-    summed = any(nest.is_reduce(p.axis) for p in lanes)
-    stores = accumulators * (each + 16 if summed else (2.5 if half else 1.5) * each)
-    results = runs / max(1, math.prod(counts[nest.accumulate_from : nest.tile_start]))
-    issued = runs * issued + results * stores + 80
-    trips = runs * trips + results * (
-        accumulators if summed else accumulators * each * _step(nest, nest.output)
-    )
-    held = sum(f.elements for f in factors if f.vector) - max(f.elements * f.vector for f in factors)
-    registers = min(255.0, 32 + (accumulators + min(held, 64)) * each)
-    spill = max(1.0, (32 + accumulators * each) / 200) ** 2
-    resident = max(1.0, min(64 // warps, REGISTERS // (registers * WARP * warps), 32))
-    busy = min(1.0, programs / PROCESSORS)
-    waves = max(1.0, programs / (PROCESSORS * resident))
-    partials = math.prod(counts[i] for i in nest.partial_loops) * (nest.partial_counts != ())
-    out = math.prod(e or batch for e in nest.tensor(nest.output.tensor).shape)
-    elements = sum(math.prod(e or batch for e in t.shape) for t in nest.tensors)
-    traffic = elements * ITEM_BYTES[nest.tensors[0].dtype] + partials * out * 8
-    total = programs * warps / (PROCESSORS * busy * CYCLES)
-    seconds = max(
-        total * issued * spill / ISSUES,
-        total * trips * spill,
-        traffic / BANDWIDTH,
-        waves * LATENCY * (1 + 0.5 * runs),
-    )
-    return seconds + 0.15 * total * (issued / ISSUES + trips) + LAUNCH * (1 + (partials > 1))
+    work = _Work(nest, warps, batch)
+    resident = max(warps, min(MOST_WARPS, MOST_PROGRAMS * warps, work.fitting // warps * warps))
+    each = work.programs * warps / PROCESSORS  # warps of a multiprocessor, all in all
+    beside = min(each, resident)
+    spill = max(1.0, work.registers / MOST_REGISTERS) ** 2
+    alone = work.runs * LATENCY + work.instructions * spill * ALONE / CYCLES
+    issued = beside * work.instructions * spill / (ISSUES * CYCLES)
+    served = beside * work.trips * spill / CYCLES
+    processor = max(1.0, each / resident) * _norm(alone, issued, served)
+    launches = LAUNCH * (2 if work.partials > 1 else 1)
+    return _norm(processor, work.read / L2_BANDWIDTH, work.traffic / BANDWIDTH) + launches
 
 
-def _lanes(nest: Nest) -> list[Loop]:
-    return [loop for loop in nest.loops if loop.bind in VECTOR_BINDS]
+def _norm(*seconds: float) -> float:
+    most = max(seconds)
+    return most * math.fsum((s / most) ** SHARPNESS for s in seconds) ** (1 / SHARPNESS)
 
 
-@dataclass(frozen=True, eq=False)
-class Tile:
-    """The unrolled loops of a register tile, and which of its terms do not vanish: a dimension a loop."""
+class _Work:
+    """What a scheduled nest does.  Instructions and trips are those of one warp in all its steps."""
 
-    own: tuple[Loop, ...]
-    alive: NDArray[np.bool_]
+    def __init__(self, nest: Nest, warps: int, batch: int) -> None:
+        self.nest = nest
+        self.batch = batch
+        self.counts = [loop.count or batch for loop in nest.loops]
+        self.start = nest.tile_start
+        self.tile = tile_of(nest)
+        self.factors = [footprint(nest, factor, self.tile) for factor in nest.factors]
+        lanes = lanes_of(nest)
+        self.each = max(1.0, math.prod(p.count or 1 for p in lanes) / (WARP * warps))  # elements of a thread
+        self.sums = any(nest.is_reduce(p.axis) for p in lanes)
+        own = math.prod(p.count or 1 for p in self.tile.own if not nest.is_reduce(p.axis))
+        self.accumulators = own
+        self.item = ITEM_BYTES[nest.tensors[0].dtype]
 
-    @functools.cached_property
-    def terms(self) -> int:
-        """How many do not vanish."""
-        return int(self.alive.sum())
+    def _steps(self, last: int) -> int:
+        """Steps that a program makes of its serial loops up to and without this one."""
+        return math.prod(c for c, p in zip(self.counts[:last], self.nest.loops) if p.bind == "serial")
 
+    @cached_property
+    def programs(self) -> int:
+        return math.prod(c for c, loop in zip(self.counts, self.nest.loops) if loop.bind == "grid")
 
-def tile_of(nest: Nest) -> Tile:
-    """The register tile of a scheduled nest."""
-    own = tuple(p for p in nest.loops[nest.tile_start :] if p.bind == "unroll")
-    indices = tuple(
-        (index, extent, index.divisor > 1 and not any(x % index.divisor for x in _steps(nest, index)))
-        for access in nest.factors
-        for index, extent in zip(access.indices, nest.tensor(access.tensor).shape)
-    )
-    return _tile(nest.axes, indices, own)
+    @cached_property
+    def runs(self) -> int:
+        """Executions of the register tile by a program."""
+        return math.prod(self.counts[: self.start]) // self.programs
 
+    def _loads(self, access: Access) -> int:
+        """How often a program loads what a tile reads: once for all loops that it does not change in."""
+        loops = enumerate(self.nest.loops[: self.start])
+        inside = (i for i, p in loops if p.bind == "serial" and access.axes & parts(self.nest, p.axis))
+        return self._steps(max(inside, default=-1) + 1)
 
-@functools.lru_cache(maxsize=MOST_TILES)
-def _tile(
-    axes: tuple[Axis, ...], indices: tuple[tuple[Index, int | None, bool], ...], own: tuple[Loop, ...]
-) -> Tile:
-    """indices: of the factors, each with its extent and whether the tile alone decides if it divides."""
-    alive = np.ones([p.count or 1 for p in own], bool)
-    for index, extent, decided in indices:
-        value = _values(index, own)
-        if decided:
-            alive = alive & (value % index.divisor == 0)
-        if extent is not None:
-            low, high = _outside(axes, index, own)
-            alive = alive & (value + high >= 0) & (value + low < extent * index.divisor)
-    return Tile(own, alive)
+    @cached_property
+    def results(self) -> float:
+        """How often a program stores its accumulators."""
+        inside = math.prod(self.counts[self.nest.accumulate_from : self.start])
+        return self.runs / max(1, inside)
 
+    @cached_property
+    def partials(self) -> int:
+        """Partial results; 0 where there are none to be summed."""
+        return math.prod(self.counts[i] for i in self.nest.partial_loops) if self.nest.partial_counts else 0
 
-def _outside(axes: tuple[Axis, ...], index: Index, own: tuple[Loop, ...]) -> tuple[int, int]:
-    """The least and the most that the loops which the tile does not unroll add to an index's numerator."""
-    low = high = 0
-    extents = {axis.name: axis.extent or 1 for axis in axes}
-    for axis, coefficient in index.terms:
-        step = math.prod(p.count or 1 for p in own if p.axis == axis)
-        reach = coefficient * step * max(0, -(-extents[axis] // step) - 1)
-        low, high = low + min(reach, 0), high + max(reach, 0)
-    return low, high
+    @cached_property
+    def instructions(self) -> float:
+        nest = self.nest
+        total = float(self.tile.terms * self.runs)
+        for access, read in zip(nest.factors, self.factors):
+            if (
+                read.vector
+            ):  # other loads are of all threads together, and the compiler moves them out of the way
+                unpack = A_HALF if width(nest, access) == 1 else AN_ELEMENT_OF_A_WORD
+                one = A_LOAD * read.words + unpack * read.elements * (self.item < 4)
+                total += self._loads(access) * one
+        wide = 1 if self.sums or self.partials else width(nest, nest.output)
+        stored = self.results * self.accumulators
+        return self.each * (total + stored * (A_STORE / wide + A_SUM * self.sums))
 
+    @cached_property
+    def trips(self) -> float:
+        nest = self.nest
+        total = 0.0
+        for access, read in zip(nest.factors, self.factors):
+            if read.vector:
+                first = 1 - A_FURTHER_LINE
+                total += self._loads(access) * read.words * (first + A_FURTHER_LINE * read.lines)
+        line = 1 / self.each if self.sums else lines(nest, nest.output)
+        return self.each * (total + self.results * self.accumulators * A_STORED_LINE * line)
 
-def _values(index: Index, own: tuple[Loop, ...]) -> Values:
-    """The numerator of an index at each point of the tile, the outer loops at zero."""
-    value: Values = np.full([1] * len(own), index.offset, np.int64)
-    for axis, coefficient in index.terms:
-        for dim, loop in enumerate(own):
-            if loop.axis == axis:
-                shape = [-1 if d == dim else 1 for d in range(len(own))]
-                value = value + (np.arange(loop.count or 1) * (loop.step * coefficient)).reshape(shape)
-    return value
+    @cached_property
+    def registers(self) -> float:
+        """Registers that a thread wants: of accumulators and of all factors but the one that streams."""
+        held = [read.elements for read in self.factors if read.vector]
+        values = self.accumulators + sum(held) - max(held, default=0)
+        return OWN_REGISTERS + PER_VALUE * values * self.each
 
+    @property
+    def fitting(self) -> int:
+        """Warps whose registers fit into a multiprocessor."""
+        return int(REGISTERS / (min(MOST_REGISTERS, max(WARP, self.registers)) * WARP))
 
-def footprint(nest: Nest, access: Access, tile: Tile) -> Footprint:
-    """What the nest's tile reads of a factor."""
-    width = _width(nest, access)
-    vector = any(access.axes & parts(nest, p.axis) for p in _lanes(nest))
-    elements, words = _distinct(tile, access, nest.tensor(access.tensor), width)
-    return Footprint(elements, words, _step(nest, access) * width**0.5, vector)
+    @cached_property
+    def traffic(self) -> float:
+        """Bytes that pass the device memory."""
+        tensors = (math.prod(e or self.batch for e in t.shape) for t in self.nest.tensors)
+        out = math.prod(e or self.batch for e in self.nest.tensor(self.nest.output.tensor).shape)
+        total = float(sum(tensors) * self.item)
+        if self.partials > 1:
+            return total + A_PARTIAL * self.partials * out
+        return total + TORN * out * self.item * self._tears()
 
+    @cached_property
+    def read(self) -> float:
+        """Bytes that programs read of tensors with the batch: a box for each step of a walk or a split."""
+        nest, steps = self.nest, self.programs
+        reached = dict(self._reached())
+        for i, loop in enumerate(nest.loops[: self.start]):
+            if loop.bind != "serial":
+                continue
+            if nest.is_reduce(loop.axis) and nest.fused_axis(loop.axis) is None and self._short(loop.axis):
+                reached[loop.axis] = reached.get(loop.axis, 1) * self.counts[i]
+            else:
+                steps *= self.counts[i]
+        return steps * sum(self._box(f, reached) for f in nest.factors if None in nest.tensor(f.tensor).shape)
 
-@functools.lru_cache(maxsize=2 * MOST_TILES)
-def _distinct(tile: Tile, access: Access, tensor: Tensor, width: int) -> tuple[int, int]:
-    """How many different elements, and words of so many, the tile reads."""
-    elements: Values = np.zeros(tile.alive.shape, np.int64)
-    words = elements
-    for index, extent, stride in zip(access.indices, tensor.shape, tensor.strides):
-        value = _values(index, tile.own) // index.divisor + (1 << 12)
-        elements = (elements * 8191 + value) % PRIME
-        words = (words * 8191 + (value // width if stride == 1 and extent != 1 else value)) % PRIME
-    return len(np.unique(elements[tile.alive])), len(np.unique(words[tile.alive]))
+    def _short(self, axis: str) -> bool:
+        return (self.nest.extent(axis) or SIDE + 1) <= SIDE
 
+    def _reached(self) -> Iterator[tuple[str, int]]:
+        """How many steps of each axis the register tile of a program takes."""
+        found: dict[str, int] = {}
+        for loop in self.nest.loops[self.start :]:
+            fused = self.nest.fused_axis(loop.axis)
+            left = loop.count or 1
+            for part, blocks in (
+                zip(fused.parts[::-1], fused.extents[::-1]) if fused else ((loop.axis, left),)
+            ):
+                found[part] = found.get(part, 1) * min(left, blocks)
+                left = -(-left // blocks)
+        yield from found.items()
 
-def _width(nest: Nest, access: Access) -> int:
-    """Elements that one load brings, as `words.word` finds it."""
-    tensor = nest.tensor(access.tensor)
-    runs = [d for d, (e, s) in enumerate(zip(tensor.shape, tensor.strides)) if s == 1 and e != 1]
-    width = WORD_BYTES // ITEM_BYTES[tensor.dtype]
-    if len(runs) != 1:
-        return 1
-    index, extent = access.indices[runs[0]], tensor.shape[runs[0]] or 1
-    steps = [extent, *(s for d, s in enumerate(tensor.strides) if d != runs[0] and tensor.shape[d] != 1)]
-    steps += [step // index.divisor for step in _steps(nest, index)]
-    while width > 1 and any(step % width for step in steps):
-        width //= 2
-    return width
+    def _spans(self, access: Access, reached: dict[str, int]) -> list[tuple[int, float, int]]:
+        """Of each dimension but the batch, the fastest first: stride, elements in reach, extent."""
+        nest, found = self.nest, []
+        tensor = nest.tensor(access.tensor)
+        for index, extent, stride in zip(access.indices, tensor.shape, tensor.strides):
+            if extent is not None and extent > 1:
+                moves = (
+                    abs(c) * (min(reached.get(a, 1), nest.extent(a) or 1) - 1) / index.divisor
+                    for a, c in index.terms
+                )
+                found.append((stride, min(1 + math.fsum(moves), extent), extent))
+        return sorted(found, key=lambda dim: dim[0])
 
+    def _box(self, access: Access, reached: dict[str, int]) -> float:
+        """Bytes of the sectors that hold what one step reads."""
+        run, rows, joined = 1.0, 1.0, True
+        for _, span, extent in self._spans(access, reached):
+            if joined:
+                run, joined = run * span, span >= extent
+            else:
+                rows *= span
+        return rows * math.ceil(run * self.item / SECTOR + 0.5) * SECTOR
 
-def _steps(nest: Nest, index: Index) -> list[int]:
-    """How far the numerator of an index moves with each loop that the tile does not unroll."""
-    start = nest.tile_start
-    return [
-        index.coefficient(part) * (nest.block(part) if part != loop.axis else loop.step)
-        for i, loop in enumerate(nest.loops)
-        if i < start or loop.bind != "unroll"
-        for part in parts(nest, loop.axis)
-    ]
-
-
-def _step(nest: Nest, access: Access) -> float:
-    """Cache lines that a warp's load of one element a lane touches, on average."""
-    strides = nest.tensor(access.tensor).strides
-    size = ITEM_BYTES[nest.tensors[0].dtype]
-    lanes = _lanes(nest)
-    if not lanes:
-        return 1.0
-    loop = lanes[-1]
-    fused = nest.fused_axis(loop.axis)
-    last = fused.parts[-1] if fused else loop.axis
-    scale = nest.block(last) if fused else loop.step
-    step = sum(s * abs(i.coefficient(last)) // i.divisor for i, s in zip(access.indices, strides)) * scale
-    across = min(WARP, loop.count or 1)
-    lines = max(1.0, min(across, across * step * size / LINE) if step else 1.0)
-    rest = WARP // across
-    if rest > 1 and len(lanes) > 1 and access.axes & parts(nest, lanes[-2].axis):
-        lines *= rest
-    return min(float(WARP), lines)
+    def _tears(self) -> bool:
+        """Whether programs write parts of the same sectors."""
+        if any(self.nest.fused_axis(p.axis) for p in lanes_of(self.nest)):
+            return False
+        run = 1.0
+        for stride, span, extent in self._spans(self.nest.output, dict(self._reached())):
+            if span < extent:
+                ends = (run * span, stride * extent)
+                return any(end * self.item % SECTOR for end in ends)
+            run *= extent
+        return False

@@ -31,8 +31,11 @@ LEADERS = 6
 SHARE = 4
 """Of so many ranked schedules, at least one is of each kind, where there are several."""
 
-BANDED = 1.35
-"""The model of banded products is the most exact, and the others' estimates are so much too high."""
+HOPELESS = 2.0
+"""How many times the best of all a kind's best may take, by the models, for that kind to have its share."""
+
+PRODUCT = 0.75
+"""The model of products that are not banded estimates more than the others, of what takes the same time."""
 
 A_FAMILY = {"cpp": 2, "triton": 6}
 """Most schedules of one family among the ranked ones, so that a wrong model cannot hide the right family."""
@@ -62,9 +65,9 @@ class Space:
             warps = schedule.hint("warps", 4)
             if schedule.skew and is_product(schedule):
                 ahead, across = schedule.hint("ahead", 0), schedule.hint("across", 0)
-                return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across))
+                return model_banded.cost(scheduled, warps, ahead, bool(across))
             if is_product(schedule):
-                return model_product.cost(scheduled, warps, schedule.hint("stages", 2))
+                return PRODUCT * model_product.cost(scheduled, warps, schedule.hint("stages", 2))
             return model_triton.cost(scheduled, warps)
         except ScheduleError:
             return math.inf
@@ -128,12 +131,15 @@ class Space:
             (pair for f in self._families for pair in _diverse(f)[: A_FAMILY[self.target]]),
             key=lambda p: (p[0], str(p[1])),
         )
-        kinds: dict[tuple[bool, bool], list[Schedule]] = {}
-        for _, schedule in pairs:
-            kinds.setdefault((is_product(schedule), bool(schedule.skew)), []).append(schedule)
+        kinds: dict[tuple[bool, bool], list[tuple[float, Schedule]]] = {}
+        for pair in pairs:
+            kinds.setdefault((is_product(pair[1]), bool(pair[1].skew)), []).append(pair)
         ranks = {schedule: rank for rank, (_, schedule) in enumerate(pairs)}
         # Each kind has a model of its own, and a product in TF32 may not be exact enough.
-        places = {s: min(ranks[s], SHARE * rank) for kind in kinds.values() for rank, s in enumerate(kind)}
+        places = dict(ranks)
+        for kind in kinds.values():
+            if kind[0][0] <= HOPELESS * pairs[0][0]:
+                places.update((s, min(ranks[s], SHARE * rank)) for rank, (_, s) in enumerate(kind))
         return sorted(ranks, key=lambda s: (places[s], ranks[s]))[:limit]
 
     def mutate(self, schedule: Schedule, rng: random.Random) -> Schedule:

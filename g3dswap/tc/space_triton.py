@@ -1,8 +1,8 @@
 """The schedules worth trying for a nest in Triton: what the lanes run along, and what is unrolled.
 
-One program computes one register tile: every parallel axis is on the grid but for its unrolled or lane
-digit, reductions are serial loops or unrolled, and a reduction with few parallel elements beside it is
-split over the grid.
+One program computes one register tile, or a few on a walk along a parallel axis, on which it loads once what
+all of them need: every other parallel axis is on the grid but for its unrolled or lane digit.  Reductions are
+serial loops or unrolled, and a reduction with few parallel elements beside it is split over the grid.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .nest import Nest
 from .schedule import Digit, Schedule, fused_name
 from .space_cpp import SIDE, lane_axes, phases, reduces, shares
 
-MAX_TERMS = 500
-"""Multiply-adds of one unrolled tile; twice as many compile twice as long and run at most 8 % faster."""
+MAX_TERMS = 900
+"""Multiply-adds of a thread in one unrolled tile: 27 taps of 32 results.  More compile long, for nothing."""
 
 MAX_OUTPUTS = 64
 """Steps of the windows, at most, and of blocks."""
@@ -32,10 +32,16 @@ MAX_ELEMENTS = 16384
 """Accumulator elements of one program: 128 registers of 128 threads."""
 
 PROGRAMS = (600, 2400)
-"""How many programs a split reduction is to give: one or more for each multiprocessor of a large GPU."""
+"""How many programs a split reduction is to give: a few for each multiprocessor of a large GPU."""
+
+WARPS = 4
+"""Warps of such a program; of programs with fewer, there are to be more."""
 
 WARP = 32
 LONG = 128  # an axis as long as this fills the lanes of a program by itself
+
+WALKS = (2, 4, 8)
+"""Steps of a walk."""
 
 BATCH = 4
 """The batch that is assumed where programs are counted."""
@@ -49,7 +55,8 @@ Split = tuple[tuple[str, int], ...]
 class Point:
     """lanes: (axes, count) for each dimension of the program's tile, the fastest in memory last.
     tile:  unroll counts; of an axis that lanes run along, the block that each lane has.
-    split: reductions whose outer digit is on the grid, and how many steps of them a program makes."""
+    split: how many steps a program makes along an axis whose outer digit is on the grid: one that is not
+           named makes all if it is a reduction, and else one."""
 
     lanes: Lanes
     tile: Tile
@@ -64,8 +71,10 @@ class Point:
         )
         split = dict(self.split)
         grid = [n for n in names if not reduces(nest, n) or n in split]
-        serial = [Digit(n, split.get(n), "serial") for n in names if reduces(nest, n) and split.get(n) != 1]
-        digits = [Digit(n, None, "grid") for n in grid] + serial
+        walks = [n for n in grid if not reduces(nest, n) and split.get(n, 1) > 1]
+        serial = [n for n in names if reduces(nest, n) and split.get(n) != 1]
+        digits = [Digit(n, None, "grid") for n in grid]
+        digits += [Digit(n, split.get(n), "serial") for n in walks + serial]
         digits += [Digit(a, c, "unroll") for a, c in self.tile if c > 1 and a not in parts]
         digits += [Digit(fused_name(axes), count, "lanes") for axes, count in self.lanes]
         blocks = {a: c for a, c in self.tile if c > 1 and a in parts}
@@ -104,13 +113,20 @@ def lane_sets(nest: Nest) -> list[Lanes]:
         widths = [w for w in (32, 64, 128, 256, 512) if w <= max(32, power(extent, 512))]
         found += [((axes, width),) for width in widths]
         for others, many in runs:
+            # Lanes may add up parts of a result that few programs share; the fastest of them run along it.
             mixed = nest.is_reduce(others[0]) != nest.is_reduce(axes[0])
-            if set(others) & set(axes) or mixed or len(others) > 1 or extent >= LONG:
+            parts = mixed and nest.is_reduce(others[0]) and not _batched(nest)
+            if set(others) & set(axes) or (mixed and not parts) or len(others) > 1 or extent >= LONG:
                 continue
             for width, other in ((16, 8), (32, 4), (64, 4)):
                 if width <= max(16, power(extent, 64)) and other <= max(4, power(many, 16)):
                     found.append(((others, other), (axes, width)))
     return found
+
+
+def _batched(nest: Nest) -> bool:
+    """Whether the result has the batch, which makes programs enough, and large partial results."""
+    return any(axis.extent is None and not axis.reduce for axis in nest.axes)
 
 
 def _consecutive(nest: Nest, axis: str) -> bool:
@@ -199,17 +215,34 @@ def _of_tiles(
 
 def _points(nest: Nest, lanes: Lanes, tile: Tile) -> list[Point]:
     elements = math.prod(width for _, width in lanes)
+    warps = max(1, min(8, elements // WARP))
     own = math.prod(c for a, c in tile if not nest.is_reduce(a)) * math.prod(phases(nest).values())
-    if elements * own > MAX_ELEMENTS:
+    terms = math.prod(c for _, c in tile) * max(1, elements // (WARP * warps))
+    if elements * own > MAX_ELEMENTS or terms > MAX_TERMS:
         return []
-    return [
-        Point(lanes, tile, split, max(1, min(8, elements // WARP))) for split in splits(nest, lanes, tile)
-    ]
+    return [Point(lanes, tile, split, warps) for split in splits(nest, lanes, tile)]
 
 
 def splits(nest: Nest, lanes: Lanes, tile: Tile) -> list[Split]:
+    if _batched(nest):
+        return [(), *_walks(nest, lanes, dict(tile))]
     own = {fused_name(axes): (axes, width) for axes, width in lanes}
-    return split_reductions(nest, own, dict(tile))
+    warps = max(1, math.prod(width for _, width in lanes) // WARP)
+    return split_reductions(nest, own, dict(tile), warps)
+
+
+def _walks(nest: Nest, lanes: Lanes, tile: Mapping[str, int]) -> Iterator[Split]:
+    """Walks along one axis, on which a factor stays the same as it is read whole at each step."""
+    covered = {a for axes, _ in lanes for a in axes}
+    split = phases(nest)
+    inside = [a for a in nest.axes if a.reduce and a.name not in covered and (a.extent or 2) > 1]
+    looped = {a.name for a in inside if tile.get(a.name) != a.extent}
+    for axis in nest.axes:
+        stays = any(not factor.axes & {axis.name, *looped} for factor in nest.factors)
+        if axis.reduce or axis.extent is None or axis.name in covered or not stays:
+            continue
+        steps = -(-axis.extent // (tile.get(axis.name, 1) * split.get(axis.name, 1)))
+        yield from (((axis.name, walk),) for walk in WALKS if walk <= steps)
 
 
 def steps_outside(
@@ -229,14 +262,14 @@ def steps_outside(
 
 
 def split_reductions(
-    nest: Nest, own: Mapping[str, tuple[tuple[str, ...], int]], counts: Mapping[str, int]
+    nest: Nest, own: Mapping[str, tuple[tuple[str, ...], int]], counts: Mapping[str, int], warps: int = WARPS
 ) -> list[Split]:
     """Reductions to split so that there are enough programs: the batch first, then the longest.
 
-    own, counts: as for `steps_outside`.
-    Nothing is split where the result has the batch, which makes programs enough, and large partial results.
+    own, counts: as for `steps_outside`.  warps: those of a program.
+    Nothing is split where the result has the batch.
     """
-    if any(axis.extent is None and not axis.reduce for axis in nest.axes):
+    if _batched(nest):
         return [()]
     programs = 1
     reductions = []
@@ -247,7 +280,7 @@ def split_reductions(
             batched = name not in own and nest.extent(name) is None
             reductions.append((batched, steps, name))
     found = []
-    for wanted in PROGRAMS:
+    for wanted in PROGRAMS if warps >= WARPS else (*PROGRAMS, PROGRAMS[-1] * WARPS // warps):
         chosen, many = [], programs
         for batch, steps, name in sorted(reductions, reverse=True):
             if many < wanted:
@@ -260,7 +293,7 @@ def split_reductions(
 
 def another_split(nest: Nest, split: Split, options: Sequence[Split], rng: random.Random) -> Split:
     """One of the options, or a split with steps half or twice as many."""
-    own = tuple((n, c) for n, c in split if reduces(nest, n))
+    own = tuple((n, c) for n, c in split if c > 1 or reduces(nest, n))
     halved = tuple((n, max(1, c // 2)) for n, c in own)
     doubled = tuple((n, c * 2 if c > 1 else c) for n, c in own)
     return rng.choice([*options, halved, doubled])
