@@ -18,7 +18,7 @@ from .print_cpp import print_cpp
 from .print_triton import print_triton
 from .schedule import Schedule, apply
 
-GENERATOR = "2"
+GENERATORS = {"cpp": "2", "triton": "3"}
 """Raised when the same schedule begins to print another kernel; part of every cache key."""
 
 _RUNTIMES: dict[str, Any] = {"cpp": runtime_cpp, "triton": runtime_triton}
@@ -34,7 +34,7 @@ def target_of(device: str) -> str:
 
 def versions(target: str) -> dict[str, str]:
     """What a tuned schedule depends on beside the device: the generator and the target's compiler."""
-    return {"generator": GENERATOR, "compiler": _RUNTIMES[target].version()}
+    return {"generator": GENERATORS[target], "compiler": _RUNTIMES[target].version()}
 
 
 def require(target: str) -> None:

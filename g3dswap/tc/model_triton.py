@@ -4,7 +4,7 @@ A warp's instructions are counted from the register tile; what a factor brings i
 that it does not change in, as it is loaded there.  A multiprocessor takes as long as its schedulers issue, as
 its L1 cache serves lines, or as one warp takes alone, which waits for its loads at each step; the device as
 long as that, as its L2 cache serves what each program reads (more than the tensor, where neighbours read the
-same rows), or as its memory.  The constants are fitted to 2,500 kernels measured on H100s; among the model's
+same rows), or as its memory.  The constants are fitted to 5,000 kernels measured on H100s; among the model's
 best 8 of a space is one within a few percent of the best that was found.
 """
 
@@ -20,9 +20,9 @@ from .space_cpp import SIDE
 from .triton_text import parts
 from .words import ITEM_BYTES
 
-BANDWIDTH = 2.04e12
+BANDWIDTH = 2.6e12
 """Bytes a second of the device memory, in practice."""
-L2_BANDWIDTH = 6.85e12
+L2_BANDWIDTH = 8.73e12
 PROCESSORS = 132
 CYCLES = 1.9e9
 REGISTERS = 65536
@@ -31,28 +31,29 @@ MOST_WARPS = 64  # of a multiprocessor
 MOST_PROGRAMS = 32
 SECTOR = 32  # bytes
 
-ISSUES = 4 * 0.685
+ISSUES = 4 * 0.67
 """Instructions that a multiprocessor issues in a cycle, at best and in practice."""
-ALONE = 2.8
+ALONE = 1.92
 """Cycles from one instruction of a warp to the next, if it has the scheduler for itself."""
-LATENCY = 4.54e-7
+LATENCY = 4.37e-7
 """Seconds until the loads of a step are through."""
-LAUNCH = 3.95e-6
+LAUNCH, TOTAL = 4.67e-6, 4.03e-6
+"""Seconds of a launch, and of the second stage of a split reduction."""
 
-A_LOAD, A_HALF, AN_ELEMENT_OF_A_WORD, A_STORE = 2.18, 1.57, 1.22, 2.01
+A_LOAD, A_HALF, AN_ELEMENT_OF_A_WORD, A_STORE = 1.88, 1.38, 1.25, 1.96
 """Instructions of a load with its mask, of making a float32 of what it brought, and of a store."""
 A_SUM = 12
 """Instructions of adding an accumulator up over the lanes of a warp."""
-A_FURTHER_LINE, A_STORED_LINE = 0.13, 1.06
-"""Trips of each line of a load but the first, and of a line of a store."""
-A_PARTIAL = 13
+A_LINE, A_FURTHER_LINE, A_STORED_LINE = 1.25, 0.16, 1.70
+"""Cycles of the L1 cache for the first line of a load, for each further one, and for a line of a store."""
+A_PARTIAL = 17.5
 """Bytes of memory traffic for an element of a partial result: written, read and summed."""
-TORN = 1.39
+TORN = 1.14
 """How often a result is written again, where programs write parts of the same sectors."""
-OWN_REGISTERS, PER_VALUE = 22.6, 0.75
+OWN_REGISTERS, PER_VALUE = 31.3, 1.01
 """Registers of a thread: those of addresses and masks, and for each value that is held."""
-SHARPNESS = 3
-"""Exponent of the norm by which resources are combined, which are used side by side."""
+OF_A_PROCESSOR, OF_THE_DEVICE = 2.5, 4.0
+"""Exponents of the norms by which resources are combined that are used side by side."""
 
 
 def cost(nest: Nest, warps: int = 4, batch: int = 4) -> float:
@@ -64,19 +65,19 @@ def cost(nest: Nest, warps: int = 4, batch: int = 4) -> float:
     spill = max(1.0, work.registers / MOST_REGISTERS) ** 2
     alone = work.runs * LATENCY + work.instructions * spill * ALONE / CYCLES
     issued = beside * work.instructions * spill / (ISSUES * CYCLES)
-    served = beside * work.trips * spill / CYCLES
-    processor = max(1.0, each / resident) * _norm(alone, issued, served)
-    launches = LAUNCH * (2 if work.partials > 1 else 1)
-    return _norm(processor, work.read / L2_BANDWIDTH, work.traffic / BANDWIDTH) + launches
+    served = beside * work.lines * spill / CYCLES
+    processor = max(1.0, each / resident) * _norm(OF_A_PROCESSOR, alone, issued, served)
+    read, moved = work.read / L2_BANDWIDTH, work.traffic / BANDWIDTH
+    return _norm(OF_THE_DEVICE, processor, read, moved) + LAUNCH + TOTAL * (work.partials > 1)
 
 
-def _norm(*seconds: float) -> float:
+def _norm(exponent: float, *seconds: float) -> float:
     most = max(seconds)
-    return most * math.fsum((s / most) ** SHARPNESS for s in seconds) ** (1 / SHARPNESS)
+    return most * math.fsum((s / most) ** exponent for s in seconds) ** (1 / exponent)
 
 
 class _Work:
-    """What a scheduled nest does.  Instructions and trips are those of one warp in all its steps."""
+    """What a scheduled nest does.  Instructions and lines are those of one warp in all its steps."""
 
     def __init__(self, nest: Nest, warps: int, batch: int) -> None:
         self.nest = nest
@@ -138,13 +139,14 @@ class _Work:
         return self.each * (total + stored * (A_STORE / wide + A_SUM * self.sums))
 
     @cached_property
-    def trips(self) -> float:
+    def lines(self) -> float:
+        """Cycles of the L1 cache for a warp's loads and stores."""
         nest = self.nest
         total = 0.0
         for access, read in zip(nest.factors, self.factors):
             if read.vector:
-                first = 1 - A_FURTHER_LINE
-                total += self._loads(access) * read.words * (first + A_FURTHER_LINE * read.lines)
+                one = A_LINE + A_FURTHER_LINE * (read.lines - 1)
+                total += self._loads(access) * read.words * one
         line = 1 / self.each if self.sums else lines(nest, nest.output)
         return self.each * (total + self.results * self.accumulators * A_STORED_LINE * line)
 

@@ -107,8 +107,9 @@ def _channels(nest: Nest, axes: tuple[str, ...]) -> list[Side]:
 
 def _warps(nest: Nest, rows: Side, cols: Side, tile: Tile) -> list[int]:
     """Numbers of warps that hold the accumulators, with at least a piece of a product for each."""
+    own = {*rows[0], *cols[0]}  # of which the tile has the phases
     results = math.prod(c for a, c in tile if not nest.is_reduce(a)) * math.prod(
-        p for a, p in phases(nest).items() if a not in dict(tile)
+        p for a, p in phases(nest).items() if a not in own
     )
     elements = rows[1] * cols[1]
     found = [w for w in (1, 2, 4, 8) if elements * results / (WARP * w) <= MAX_REGISTERS]
