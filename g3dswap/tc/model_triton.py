@@ -11,7 +11,6 @@ best 8 of a space is one within a few percent of the best that was found.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import cached_property
 
 from .footprint import WARP, footprint, lanes_of, lines, tile_of, width
@@ -89,13 +88,8 @@ class _Work:
         lanes = lanes_of(nest)
         self.each = max(1.0, math.prod(p.count or 1 for p in lanes) / (WARP * warps))  # elements of a thread
         self.sums = any(nest.is_reduce(p.axis) for p in lanes)
-        own = math.prod(p.count or 1 for p in self.tile.own if not nest.is_reduce(p.axis))
-        self.accumulators = own
+        self.accumulators = math.prod(p.count or 1 for p in self.tile.own if not nest.is_reduce(p.axis))
         self.item = ITEM_BYTES[nest.tensors[0].dtype]
-
-    def _steps(self, last: int) -> int:
-        """Steps that a program makes of its serial loops up to and without this one."""
-        return math.prod(c for c, p in zip(self.counts[:last], self.nest.loops) if p.bind == "serial")
 
     @cached_property
     def programs(self) -> int:
@@ -108,9 +102,9 @@ class _Work:
 
     def _loads(self, access: Access) -> int:
         """How often a program loads what a tile reads: once for all loops that it does not change in."""
-        loops = enumerate(self.nest.loops[: self.start])
-        inside = (i for i, p in loops if p.bind == "serial" and access.axes & parts(self.nest, p.axis))
-        return self._steps(max(inside, default=-1) + 1)
+        serial = [(c, p.axis) for c, p in zip(self.counts, self.nest.loops) if p.bind == "serial"]
+        changes = (i for i, (_, axis) in enumerate(serial, 1) if access.axes & parts(self.nest, axis))
+        return math.prod(count for count, _ in serial[: max(changes, default=0)])
 
     @cached_property
     def results(self) -> float:
@@ -128,9 +122,7 @@ class _Work:
         nest = self.nest
         total = float(self.tile.terms * self.runs)
         for access, read in zip(nest.factors, self.factors):
-            if (
-                read.vector
-            ):  # other loads are of all threads together, and the compiler moves them out of the way
+            if read.vector:  # what all threads load together is few, and loaded once
                 unpack = A_HALF if width(nest, access) == 1 else AN_ELEMENT_OF_A_WORD
                 one = A_LOAD * read.words + unpack * read.elements * (self.item < 4)
                 total += self._loads(access) * one
@@ -176,7 +168,7 @@ class _Work:
     def read(self) -> float:
         """Bytes that programs read of tensors with the batch: a box for each step of a walk or a split."""
         nest, steps = self.nest, self.programs
-        reached = dict(self._reached())
+        reached = dict(self._reached)
         for i, loop in enumerate(nest.loops[: self.start]):
             if loop.bind != "serial":
                 continue
@@ -189,18 +181,18 @@ class _Work:
     def _short(self, axis: str) -> bool:
         return (self.nest.extent(axis) or SIDE + 1) <= SIDE
 
-    def _reached(self) -> Iterator[tuple[str, int]]:
+    @cached_property
+    def _reached(self) -> dict[str, int]:
         """How many steps of each axis the register tile of a program takes."""
         found: dict[str, int] = {}
         for loop in self.nest.loops[self.start :]:
             fused = self.nest.fused_axis(loop.axis)
             left = loop.count or 1
-            for part, blocks in (
-                zip(fused.parts[::-1], fused.extents[::-1]) if fused else ((loop.axis, left),)
-            ):
+            extents = dict(zip(fused.parts, fused.extents)) if fused else {loop.axis: left}
+            for part, blocks in reversed(extents.items()):
                 found[part] = found.get(part, 1) * min(left, blocks)
                 left = -(-left // blocks)
-        yield from found.items()
+        return found
 
     def _spans(self, access: Access, reached: dict[str, int]) -> list[tuple[int, float, int]]:
         """Of each dimension but the batch, the fastest first: stride, elements in reach, extent."""
@@ -230,7 +222,7 @@ class _Work:
         if any(self.nest.fused_axis(p.axis) for p in lanes_of(self.nest)):
             return False
         run = 1.0
-        for stride, span, extent in self._spans(self.nest.output, dict(self._reached())):
+        for stride, span, extent in self._spans(self.nest.output, self._reached):
             if span < extent:
                 ends = (run * span, stride * extent)
                 return any(end * self.item % SECTOR for end in ends)
