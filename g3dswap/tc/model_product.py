@@ -55,7 +55,10 @@ class _Operands:
 
 
 def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
-    """Estimated seconds of a scheduled matrix product, run by programs of so many warps."""
+    """Estimated seconds of a scheduled matrix product, run by programs of so many warps.
+
+    Infinite where the operands of the stages that are under way do not fit into shared memory.
+    """
     counts = [loop.count or batch for loop in nest.loops]
     programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
     runs = math.prod(counts[: nest.tile_start]) // programs
@@ -68,6 +71,8 @@ def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
     pipelined = stages > 2 and runs > 1
     made = sum(u.made for u in uses)
     shared = made * (stages - 1) if pipelined else min(made, 2 * sum(u.held for u in uses))
+    if pipelined and shared > SHARED_BYTES:
+        return math.inf
     registers = 40 + results * rows * cols / (WARP * warps) + min(loads, IN_FLIGHT) * 2
     resident = min(64 // warps, REGISTERS // (min(registers, 255) * WARP * warps), SHARED_BYTES // shared)
     waves = max(1.0, programs / (PROCESSORS * max(1.0, resident)))

@@ -90,6 +90,19 @@ def test_no_products_in_full_precision() -> None:
     assert possible(nest_of(Problem("forward", geometry, torch.float32, device=DEVICE, precision="tf32")))
 
 
+def test_stages_fit_into_shared_memory() -> None:
+    """Of 27 taps of 32 x 256 elements, two stages would take 900 KiB."""
+    geometry = Geometry(64, 64, 64, (16, 32, 32), (3, 3, 3), padding=(1, 1, 1))
+    nest = nest_of(problem_of("grad_weight", geometry, "channels_last_3d", torch.bfloat16))
+    pack, split = (("g", 32),), (("n", 1), ("t*h*w", 8))
+    rows, cols, depth = (("gi", "f"), 32), (("gj", "c"), 32), (("t", "h", "w"), 256)
+    space = Space(nest, "triton")
+    taps = (("kt", 3), ("kh", 3), ("kw", 3))
+    for tile, stages, fits in ((taps, 3, False), (taps[2:], 3, True), (taps, 1, True)):
+        product = Product(rows, cols, depth, pack, (), tile, split, 8, stages, 0)
+        assert (space.cost(product.schedule(nest)) < math.inf) == fits
+
+
 def test_what_is_no_loop_loads_ahead_and_what_is_one_is_pipelined() -> None:
     problem = problem_of("forward", GEOMETRIES["few channels"], "channels_last_3d", torch.float16)
     nest = nest_of(problem)
