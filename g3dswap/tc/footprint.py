@@ -29,13 +29,22 @@ Values = NDArray[np.int64]
 class Footprint:
     """What one execution of the register tile reads of a factor.
 
-    elements, words: distinct ones; lines: trips to the cache of a warp's load of one word.
+    elements, words: distinct ones; width: elements of a word; lines: trips to the cache of a warp's load of
+    one word.
     """
 
     elements: int
     words: int
+    width: int
     lines: float
     vector: bool
+
+
+def runs_of(nest: Nest, batch: int) -> tuple[int, int]:
+    """How many programs run a scheduled nest, and how often each executes the register tile."""
+    counts = [loop.count or batch for loop in nest.loops]
+    programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
+    return programs, math.prod(counts[: nest.tile_start]) // programs
 
 
 def lanes_of(nest: Nest) -> list[Loop]:
@@ -54,6 +63,11 @@ class Tile:
     def terms(self) -> int:
         """How many do not vanish."""
         return int(self.alive.sum())
+
+
+def accumulators_of(nest: Nest, tile: Tile) -> int:
+    """How many results an element of the lanes, or a product, has in the tile."""
+    return math.prod(p.count or 1 for p in tile.own if not nest.is_reduce(p.axis))
 
 
 def tile_of(nest: Nest) -> Tile:
@@ -110,7 +124,7 @@ def footprint(nest: Nest, access: Access, tile: Tile) -> Footprint:
     wide = width(nest, access)
     vector = any(access.axes & parts(nest, p.axis) for p in lanes_of(nest))
     elements, words = _distinct(tile, access, nest.tensor(access.tensor), wide)
-    return Footprint(elements, words, lines(nest, access) * wide**0.5, vector)
+    return Footprint(elements, words, wide, lines(nest, access) * wide**0.5, vector)
 
 
 @functools.lru_cache(maxsize=2 * MOST_TILES)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 
-from .footprint import LINE, WARP, footprint, tile_of
+from .footprint import LINE, WARP, accumulators_of, footprint, runs_of, tile_of
 from .model_product import CYCLES, SHARED_BYTES, elements_of
-from .model_triton import MOST_REGISTERS, PROCESSORS, REGISTERS
+from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
 from .nest import SIDE_BINDS, Access, Nest
 from .roles import image_and_other
 from .words import ITEM_BYTES
@@ -39,23 +39,20 @@ OVERLAP = 0.3
 
 def cost(nest: Nest, warps: int, ahead: int, across: bool, batch: int = 4) -> float:
     """Estimated seconds of a scheduled nest, run by programs of so many warps."""
-    counts = [loop.count or batch for loop in nest.loops]
-    programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
-    runs = math.prod(counts[: nest.tile_start]) // programs
+    programs, runs = runs_of(nest, batch)
     tile, threads, size = tile_of(nest), WARP * warps, ITEM_BYTES[nest.tensors[0].dtype]
     image, other = image_and_other(nest)
     planes, bands = (footprint(nest, factor, tile).elements for factor in (image, other))
     elements, kernel, word = elements_of(nest, image), elements_of(nest, other) * bands, _word(nest)
     loads = elements / word / threads
-    results = math.prod(p.count or 1 for p in tile.own if not nest.is_reduce(p.axis))
     rows, cols, depth = nest.lengths.values()
-    held = results * rows * cols / threads
+    held = accumulators_of(nest, tile) * rows * cols / threads
     operand = OPERAND * elements * size / 4 / threads
     wanted = OWN + held + operand * (1 + ahead)
     registers = min(MOST_REGISTERS, OWN + held + operand * (1 + min(ahead, 2)))
     if (elements + kernel) * size > SHARED_BYTES:
         return math.inf
-    resident = max(1, min(64 // warps, int(REGISTERS / (registers * threads))))
+    resident = max(1, min(MOST_WARPS // warps, int(REGISTERS / (registers * threads))))
     waves = max(1.0, programs / (PROCESSORS * resident))
     alone = waves * runs * planes * (PLANE + LOAD * loads)
     multiplied = tile.terms * rows * cols * depth / MATRIX

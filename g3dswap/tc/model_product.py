@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .footprint import LINE, WARP, footprint, tile_of
-from .model_triton import PROCESSORS, REGISTERS
+from .footprint import LINE, WARP, accumulators_of, footprint, runs_of, tile_of
+from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
 from .nest import SIDE_BINDS, Access, Loop, Nest
 from .triton_text import parts
 from .words import ITEM_BYTES
@@ -60,21 +60,21 @@ def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
     Infinite where the operands of the stages that are under way do not fit into shared memory.
     """
     counts = [loop.count or batch for loop in nest.loops]
-    programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
-    runs = math.prod(counts[: nest.tile_start]) // programs
+    programs, runs = runs_of(nest, batch)
     tile = tile_of(nest)
     size = ITEM_BYTES[nest.tensors[0].dtype]
     uses = [_operands(nest, f, footprint(nest, f, tile).elements, warps) for f in nest.factors]
     tiles, loads, trips = (sum(getattr(u, what) for u in uses) for what in ("tiles", "loads", "trips"))
     rows, cols, depth = nest.lengths.values()
-    results = math.prod(p.count or 1 for p in tile.own if not nest.is_reduce(p.axis))
+    results = accumulators_of(nest, tile)
     pipelined = stages > 2 and runs > 1
     made = sum(u.made for u in uses)
     shared = made * (stages - 1) if pipelined else min(made, 2 * sum(u.held for u in uses))
     if pipelined and shared > SHARED_BYTES:
         return math.inf
     registers = 40 + results * rows * cols / (WARP * warps) + min(loads, IN_FLIGHT) * 2
-    resident = min(64 // warps, REGISTERS // (min(registers, 255) * WARP * warps), SHARED_BYTES // shared)
+    fitting = REGISTERS // (min(registers, MOST_REGISTERS) * WARP * warps)
+    resident = min(MOST_WARPS // warps, fitting, SHARED_BYTES // shared)
     waves = max(1.0, programs / (PROCESSORS * max(1.0, resident)))
     chain = runs * (STEP[pipelined] + tiles * TILE + loads * LOAD)
     total = runs * programs / (min(PROCESSORS, programs) * CYCLES)
@@ -82,7 +82,7 @@ def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
     partials = math.prod(counts[i] for i in nest.partial_loops) * (nest.partial_counts != ())
     out = math.prod(e or batch for e in nest.tensor(nest.output.tensor).shape)
     moved = sum(math.prod(e or batch for e in t.shape) for t in nest.tensors) * size + partials * out * 8
-    spilled = max(1.0, registers / 255) ** 2
+    spilled = max(1.0, registers / MOST_REGISTERS) ** 2
     return (
         LAUNCH
         + spilled * waves * chain

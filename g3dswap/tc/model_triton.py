@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-from .footprint import WARP, footprint, lanes_of, lines, tile_of, width
+from .footprint import WARP, accumulators_of, footprint, lanes_of, lines, runs_of, tile_of, width
 from .nest import Access, Nest
 from .space_cpp import SIDE
 from .triton_text import parts
@@ -76,29 +76,24 @@ def _norm(exponent: float, *seconds: float) -> float:
 
 
 class _Work:
-    """What a scheduled nest does.  Instructions and lines are those of one warp in all its steps."""
+    """What a scheduled nest does.  Instructions and lines are those of one warp in all its steps.
+
+    runs: executions of the register tile by a program.
+    """
 
     def __init__(self, nest: Nest, warps: int, batch: int) -> None:
         self.nest = nest
         self.batch = batch
         self.counts = [loop.count or batch for loop in nest.loops]
         self.start = nest.tile_start
+        self.programs, self.runs = runs_of(nest, batch)
         self.tile = tile_of(nest)
         self.factors = [footprint(nest, factor, self.tile) for factor in nest.factors]
         lanes = lanes_of(nest)
         self.each = max(1.0, math.prod(p.count or 1 for p in lanes) / (WARP * warps))  # elements of a thread
         self.sums = any(nest.is_reduce(p.axis) for p in lanes)
-        self.accumulators = math.prod(p.count or 1 for p in self.tile.own if not nest.is_reduce(p.axis))
+        self.accumulators = accumulators_of(nest, self.tile)
         self.item = ITEM_BYTES[nest.tensors[0].dtype]
-
-    @cached_property
-    def programs(self) -> int:
-        return math.prod(c for c, loop in zip(self.counts, self.nest.loops) if loop.bind == "grid")
-
-    @cached_property
-    def runs(self) -> int:
-        """Executions of the register tile by a program."""
-        return math.prod(self.counts[: self.start]) // self.programs
 
     def _loads(self, access: Access) -> int:
         """How often a program loads what a tile reads: once for all loops that it does not change in."""
@@ -123,7 +118,7 @@ class _Work:
         total = float(self.tile.terms * self.runs)
         for access, read in zip(nest.factors, self.factors):
             if read.vector:  # what all threads load together is few, and loaded once
-                unpack = A_HALF if width(nest, access) == 1 else AN_ELEMENT_OF_A_WORD
+                unpack = A_HALF if read.width == 1 else AN_ELEMENT_OF_A_WORD
                 one = A_LOAD * read.words + unpack * read.elements * (self.item < 4)
                 total += self._loads(access) * one
         wide = 1 if self.sums or self.partials else width(nest, nest.output)

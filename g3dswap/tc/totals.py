@@ -48,7 +48,8 @@ def total(nest: Nest) -> tuple[Nest, Schedule] | None:
     made = lower(parse(TOTAL), sizes, strides, dtype, batch="N" if batched else None)
     tensors = tuple(replace(t, dtype=result.dtype) if t.name == "O" else t for t in made.tensors)
     fewest, most = ELEMENTS
-    lanes = max(fewest, power(elements // PROGRAMS + 1, 2 * most) // 2)
+    share = max(1, elements // PROGRAMS)
+    lanes = max(fewest, min(most, 1 << share.bit_length() - 1))
     parts = power(known, TILE // lanes)
     digits = [Digit("i", None, "grid"), Digit("n", None, "serial"), Digit("s", None, "serial")]
     digits += [Digit("s", parts, "lanes"), Digit("i", lanes, "lanes")]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from g3dswap.comprehensions import nest as nest_of
-from g3dswap.problem import LAYOUTS, Geometry, Problem
+from g3dswap.problem import DIRECTIONS, LAYOUTS, Geometry, Problem
 from g3dswap.tc import model_triton
 from g3dswap.tc.kernel import show
 from g3dswap.tc.nest import Nest
@@ -20,11 +20,10 @@ from g3dswap.tc.product import is_product
 from g3dswap.tc.schedule import Digit, Schedule, apply
 from g3dswap.tc.space import Space
 from g3dswap.tc.space_triton import MAX_TERMS, WARP, Point, families, mutate, splits
-from tests.tc.test_print_triton import DEVICE, check
+from tests.tc.test_print_triton import DEVICE, check, schedule_of
 
 pytest.importorskip("triton", reason="needs Triton")
 
-PASSES = ("forward", "grad_input", "grad_weight")
 GEOMETRIES = {
     "depthwise": Geometry(6, 6, 6, (6, 4, 5), (3, 3, 3), (1, 1, 1), (1, 1, 1)),
     "strided": Geometry(4, 4, 4, (5, 4, 6), (3, 3, 3), (2, 2, 2), (1, 1, 1)),
@@ -51,7 +50,7 @@ def walks_of(nest: Nest, point: Point) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_proposed_points_are_right(direction: str, name: str, layout: str) -> None:
     rng = random.Random(f"{direction} {name} {layout}")
@@ -97,7 +96,7 @@ def test_a_walk_takes_no_more_steps_than_there_are() -> None:
             assert (count - 1) * dict(point.tile).get(axis, 1) < (nest.extent(axis) or 0)
 
 
-@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_lanes_add_up_only_where_few_programs_share_a_result(direction: str) -> None:
     nest = nest_of(problem_of(direction, Geometry(64, 64, 64, (8, 8, 8), (3, 3, 3)), "channels_last_3d"))
     mixed = [p for p in points(nest) if len({nest.is_reduce(axes[0]) for axes, _ in p.lanes}) == 2]
@@ -140,7 +139,7 @@ def test_a_thread_has_a_bounded_tile() -> None:
         assert math.prod(c for _, c in point.tile) * lanes <= MAX_TERMS * max(lanes, WARP * point.warps)
 
 
-@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_mutations_are_legal_and_round_trip(direction: str) -> None:
     nest = nest_of(problem_of(direction, Geometry(64, 64, 64, (8, 8, 8), (3, 3, 3), padding=(1, 1, 1))))
     rng = random.Random(0)
@@ -183,13 +182,8 @@ def measured(layer: dict[str, Any]) -> list[tuple[float, float]]:
     found = []
     for text, microseconds in layer["microseconds"].items():
         digits, warps = text.split("; ")
-        names = [digit.split()[0] for digit in digits.split(" | ")]
-        fuse = list(dict.fromkeys(tuple(name.split("*")) for name in names if "*" in name))
-        schedule = Schedule.from_json(
-            {"digits": digits.split(" | "), "fuse": fuse, "stage": [], "hints": {"warps": int(warps)}}
-        )
-        cost = model_triton.cost(apply(nest, schedule), int(warps), layer["batch"])
-        found.append((cost, microseconds))
+        scheduled = apply(nest, schedule_of(digits))
+        found.append((model_triton.cost(scheduled, int(warps), layer["batch"]), microseconds))
     return found
 
 
@@ -210,11 +204,7 @@ def test_the_model_finds_the_fast_kernels_of_a_gpu() -> None:
 
 
 def cost_of(problem: Problem, digits: str, warps: int = 1, batch: int = 2) -> float:
-    nest = nest_of(problem)
-    schedule = Schedule.from_json(
-        {"digits": digits.split(" | "), "fuse": [], "stage": [], "hints": {"warps": warps}}
-    )
-    return model_triton.cost(apply(nest, schedule), warps, batch)
+    return model_triton.cost(apply(nest_of(problem), schedule_of(digits)), warps, batch)
 
 
 OUTER = "n rest grid | g rest grid | f rest grid | t rest grid | h rest grid | w rest grid"
