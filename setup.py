@@ -45,7 +45,7 @@ setup(
     packages=[*find_packages(include=["g3dswap", "g3dswap.*"]), "g3dswap.caches"],
     package_dir={"g3dswap.caches": "caches"},
     package_data={
-        "g3dswap": ["py.typed", "page.html"],
+        "g3dswap": ["py.typed", "page.html", "direct.cpp"],
         "g3dswap.bench": ["layers.json"],
         "g3dswap.caches": ["*.jsonl", "README.md"],
     },

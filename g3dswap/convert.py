@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from g3dswap import direct
 from g3dswap.calls import merge_functional
 from g3dswap.choice import Choice
 from g3dswap.choose import MIN_SPEEDUP, Chooser
@@ -265,6 +266,8 @@ def _decide_all(
             for problem in problems(site.module, meeting, fusions.get(id(site.module), NOTHING)):
                 wanted.setdefault(problem, (problem, meeting.batch, site.name))
     chooser.expect(len(wanted))
+    for device in {problem.device for problem, *_ in wanted.values()}:
+        direct.begin(device)
     chooser.prepare(wanted.values())
     chooser.share(wanted.values())
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ planned: dict[Problem, Choice] = {}
 """The choices of installed plans, without their kernels."""
 
 _lookup: dict[Hashable, Choice] = {}
+_listeners: list[Callable[[], None]] = []
 
 
 def lookup() -> dict[Hashable, Choice]:
@@ -48,6 +49,18 @@ def lookup() -> dict[Hashable, Choice]:
     return _lookup
 
 
+def on_change(listener: Callable[[], None]) -> None:
+    """Have a function called whenever a choice may have changed."""
+    _listeners.append(listener)
+
+
+def changed() -> None:
+    """Have everybody who remembers choices forget them."""
+    _lookup.clear()
+    for listener in _listeners:
+        listener()
+
+
 def install(choices: Iterable[Choice]) -> None:
     """Let these choices (a plan's) decide from now on, in the whole process; built when first needed."""
     with LOCK:
@@ -55,17 +68,18 @@ def install(choices: Iterable[Choice]) -> None:
             planned[choice.problem] = choice
             for place in [place for place in made if place[1] == choice.problem]:
                 del made[place]
-        _lookup.clear()
+        changed()
 
 
 def remember(place: tuple[Path, Problem], decision: Decided) -> None:
     """Let a decision hold in this process."""
     if place in made:
-        _lookup.clear()
+        changed()
     made[place] = decision
 
 
 def forget() -> None:
     """Forget all decisions and installed plans."""
-    for table in (made, planned, _lookup):
-        table.clear()
+    made.clear()
+    planned.clear()
+    changed()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from g3dswap import direct
 from g3dswap.convert import revert
 from g3dswap.entries import Step
 from g3dswap.errors import ArgumentError, ConvertError, described
@@ -95,6 +96,8 @@ def _step(
 ) -> Step:
     calls: dict[str, Call] = {}
     grouped: dict[str, float] = {}
+    if AFTER in models and device.type == "cuda":
+        direct.load()  # which later steps do not wait for
     with _prepared(kind, models):
         for name, model in models.items():
             calls[name] = partial(_train if kind == "training" else _infer, model, inputs.fresh())

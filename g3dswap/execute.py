@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import choose, decided, native
+from . import choose, decided, direct, native
 from .choice import Choice
 from .problem import DTYPES, transposed_size
 
@@ -184,8 +184,11 @@ def _choose(
     problem = native.problem(name, input, weight, bias, *conf[:4], *more)
     choice = choose.resolve(problem, input.shape[0], conf.tune, conf.cache)
     if len(_choices) >= _MOST_CHOICES:  # a model that sees ever new sizes
-        _choices.clear()
+        decided.changed()
     _choices[key] = choice
+    direct.learn(
+        choice, name, (*conf, activation), input, weight, bias if grad_output is None else grad_output
+    )
     return choice
 
 

@@ -102,7 +102,7 @@ def problem(
     )
 
 
-def operands(problem: Problem, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def operands(problem: Problem, *tensors: T | None) -> tuple[T | None, ...]:
     """A problem's operands from those of the layer's pass, which is itself one of the three.
 
     They differ for a transposed layer only. Its forward pass has no tensor of the output's shape to give.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import _C, Tensor
 from torch.autograd import forward_ad
 
-from . import execute, native
+from . import direct, execute, native
 from .execute import ONES, ZEROS, Conf, Grads, Ints, conf_of, covered, parted
 from .problem import DTYPES
 
@@ -107,6 +107,10 @@ def call(
     what it would call is known.
     """
     conf = stride, padding, dilation, groups, tune, cache, transposed, output_padding
+    if not torch.compiler.is_compiling() and direct.call is not None and forward_ad._current_level < 0:
+        out = direct.call(input, weight, bias, (*conf, activation))
+        if out is not None:
+            return out
     if groups < 2 or not _unobserved(input, weight, bias):
         return _FORWARD(input, weight, bias, *conf, activation)
     kind = "cuda" if input.is_cuda else "cpu"

@@ -47,16 +47,20 @@ FP32_CEILINGS = {"ieee": 1e-4, "tf32": 5e-3}
 
 
 class Candidate:
-    """A pass that can be run: by one of our kernels, or by PyTorch's own (`kernel` is None)."""
+    """A pass that can be run: by one of our kernels, or by PyTorch's own (`kernel` is None).
+
+    shape, batched, format: of the result; whether it begins with the batch, for which `shape` has 0.
+    reads: takes what the kernel reads out of the operands of `native.run`.
+    """
 
     def __init__(self, problem: Problem, kernel: Kernel | None = None) -> None:
         self.problem, self.kernel = problem, kernel
-        self._format = problem.memory_format
-        self._shape = result_shape(problem, 0)  # worked out once, for calls must be cheap
-        self._batched = problem.direction != "grad_weight"
+        self.format = problem.memory_format
+        self.shape = result_shape(problem, 0)  # worked out once, for calls must be cheap
+        self.batched = problem.direction != "grad_weight"
         # grad_input does not read its input, grad_weight does not read its weight, a bias may be None.
         reads = (0, 2) if problem.direction == "grad_input" else (0, 1)
-        self._reads = operator.itemgetter(*reads, *[reads[-1] + 1] * problem.bias)
+        self.reads = operator.itemgetter(*reads, *[reads[-1] + 1] * problem.bias)
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
         """The pass on operands in the order of `native.run`; its result is newly allocated."""
@@ -64,15 +68,15 @@ class Candidate:
             return native.run(self.problem, *tensors)
         first = tensors[0]
         assert first is not None
-        shape = (first.shape[0], *self._shape[1:]) if self._batched else self._shape
-        out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=self._format)
-        self.kernel(*self._reads(tensors), out=out)
+        shape = (first.shape[0], *self.shape[1:]) if self.batched else self.shape
+        out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=self.format)
+        self.kernel(*self.reads(tensors), out=out)
         return out
 
     def into(self, out: Tensor, tensors: Operands) -> None:
         """Compute with our kernel into `out`, which has the result's shape and the problem's layout."""
         assert self.kernel is not None
-        self.kernel(*self._reads(tensors), out=out)
+        self.kernel(*self.reads(tensors), out=out)
 
 
 def result_shape(problem: Problem, batch: int) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ def test_what_is_measured_there_is_what_would_be_here(workload: RemoteWorkload) 
 def test_building_compiles_and_does_not_load(
     workload: RemoteWorkload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime_cpp, "_bind", lambda *_: pytest.fail("loads a kernel"))
+    monkeypatch.setattr(runtime_cpp, "_Launcher", lambda *_: pytest.fail("loads a kernel"))
     schedule = workload.build(workload.space.default(), 60)
     (built,) = objects.folder().glob("*.so")
     before = built.stat()

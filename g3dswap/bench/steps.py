@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from g3dswap import direct
 from g3dswap.convert import convert
 from g3dswap.report import Report, report
 from g3dswap.rounds import Times, alternate, clock, synchronize
@@ -144,6 +145,8 @@ def compare(
         fast = convert(model, (batches[0][0],), **options)
     synchronize(device)
     conversion = Conversion.of(report(fast), time.perf_counter() - start)
+    if device.type == "cuda":
+        direct.load()  # which later steps do not wait for
     sides = {}
     for name, it in ((BEFORE, model), (AFTER, fast)):
         it.load_state_dict(weights)  # also the running means of what conversion ran

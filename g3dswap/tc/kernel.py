@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from ..errors import ArgumentError
 from . import runtime_cpp, runtime_triton, totals
+from .launch import Launch
 from .nest import Nest
 from .print_cpp import print_cpp
 from .print_triton import print_triton
@@ -23,8 +23,6 @@ GENERATORS = {"cpp": "2", "triton": "3"}
 
 _RUNTIMES: dict[str, Any] = {"cpp": runtime_cpp, "triton": runtime_triton}
 TARGETS = tuple(_RUNTIMES)
-
-Launch = Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]
 
 
 def target_of(device: str) -> str:
@@ -67,10 +65,10 @@ class Kernel:
         if self._batch_source is not None:
             place, known = self._batch_source
             batch = (*operands, out)[place].numel() // known
-        if self._partial_counts is None:
+        if self.partial_counts is None:
             self.launch(operands, out, batch)
             return
-        parts = math.prod(batch if count is None else count for count in self._partial_counts)
+        parts = math.prod(batch if count is None else count for count in self.partial_counts)
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         if parts == 1 and out.dtype == dtype:
             self.launch(operands, out, batch)
@@ -90,8 +88,8 @@ class Kernel:
         return len(self.nest.operands)
 
     @functools.cached_property
-    def _partial_counts(self) -> tuple[int | None, ...] | None:
-        """The counts of what makes partial results, None without any."""
+    def partial_counts(self) -> tuple[int | None, ...] | None:
+        """The counts of what makes partial results (None: as many as the batch), None without any."""
         return self.nest.partial_counts or None
 
     @functools.cached_property

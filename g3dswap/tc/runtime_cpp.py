@@ -10,16 +10,17 @@ import platform
 import shutil
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import filelock
 import torch
 
 from ..errors import CompileError, NoCompilerError
 from . import first_run
 from .children import run
+from .launch import Entry, Launch
 from .nest import Nest
 from .objects import digest, folder, intact, scratch
 from .schedule import Schedule
@@ -79,11 +80,9 @@ def _processor() -> str:
     return f"{platform.machine()} {hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
-def load(
-    nest: Nest, schedule: Schedule, source: str, timeout: float
-) -> Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]:
-    """The launch function of a printed kernel."""
-    return _bind(prepare(nest, schedule, source, timeout), len(nest.operands), nest.name)
+def load(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Launch:
+    """What launches a printed kernel."""
+    return _Launcher(prepare(nest, schedule, source, timeout), len(nest.operands), nest.name)
 
 
 def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Path:
@@ -97,7 +96,7 @@ def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Path
     if not intact(path):
         with scratch(path) as made:
             _compile([command, *FLAGS], source, made, timeout)
-            program = _first_run_program(command)
+            program = _first_run_program()
             first_run.check(program, made, nest, max(deadline - time.monotonic(), FIRST_RUN_SECONDS))
     return path
 
@@ -106,18 +105,24 @@ def expect(kernels: int) -> None:
     """Say how many kernels are about to be prepared: nothing that a C++ compiler could use."""
 
 
-def _first_run_program(command: str) -> Path:
-    """The program that runs a kernel for the first time; compiled unless it was before."""
-    path = folder() / digest(first_run.SOURCE, version(), *first_run.FLAGS)
-    with _program_lock:
+def _first_run_program() -> Path:
+    """The program that runs a kernel for the first time."""
+    return built(first_run.SOURCE, first_run.FLAGS, first_run.LIBRARIES, PROGRAM_SECONDS)
+
+
+def built(source: str, flags: Sequence[str], libraries: Sequence[str], timeout: float, *needs: str) -> Path:
+    """What the compiler makes of a source, compiled unless it was before; `needs`: what else it depends on.
+
+    NoCompilerError: there is no compiler.  CompileError: it fails, or takes longer than so many seconds.
+    """
+    command = compiler()
+    path = folder() / digest(source, version(), *flags, *libraries, *needs)
+    # One process of many compiles, and one thread of this one.
+    with filelock.FileLock(f"{path}.lock"):
         if not intact(path):
             with scratch(path) as made:
-                flags, libraries = first_run.FLAGS, first_run.LIBRARIES
-                _compile([command, *flags], first_run.SOURCE, made, PROGRAM_SECONDS, libraries)
+                _compile([command, *flags], source, made, timeout, libraries)
     return path
-
-
-_program_lock = threading.Lock()
 
 
 def _compile(
@@ -148,21 +153,25 @@ def _ended(done: subprocess.CompletedProcess[str]) -> str:
     return f"failed with exit code {done.returncode}"
 
 
-def _bind(
-    path: Path, operands: int, name: str
-) -> Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]:
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise CompileError(
-            f"{path} cannot be loaded ({error}); delete it to have it compiled again."
-        ) from error
-    run = library.run
-    run.argtypes = [ctypes.c_void_p * operands, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-    pointers = ctypes.c_void_p * operands
+class _Launcher:
+    """Launches the kernel in one shared object."""
 
-    def launch(tensors: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
-        if run(pointers(*[t.data_ptr() for t in tensors]), out.data_ptr(), batch, torch.get_num_threads()):
-            raise MemoryError(f"no memory for the buffers of {name}; use a smaller batch.")
+    def __init__(self, path: Path, operands: int, name: str) -> None:
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise CompileError(
+                f"{path} cannot be loaded ({error}); delete it to have it compiled again."
+            ) from error
+        self._run = library.run
+        self._run.argtypes = [ctypes.c_void_p * operands, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        self._pointers = ctypes.c_void_p * operands
+        self._name = name
 
-    return launch
+    def __call__(self, operands: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
+        pointers = self._pointers(*[t.data_ptr() for t in operands])
+        if self._run(pointers, out.data_ptr(), batch, torch.get_num_threads()):
+            raise MemoryError(f"no memory for the buffers of {self._name}; use a smaller batch.")
+
+    def entry(self) -> Entry | None:
+        return Entry(ctypes.cast(self._run, ctypes.c_void_p).value or 0)

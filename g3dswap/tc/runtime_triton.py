@@ -7,6 +7,7 @@ Triton's interpreter, slowly; this is how they are tested without a GPU.
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from ..errors import CompileError, NoCompilerError, ScheduleError, described
 from . import compile_triton
 from .compile_triton import Job, compiled, dtype_pointers, import_kernel, loaded
+from .launch import Entry, Launch
 from .nest import Nest
 from .objects import digest, folder, intact, scratch
 from .schedule import Schedule
@@ -30,10 +32,10 @@ except ImportError:
     triton = None
 
 MAX_PROGRAMS = 2**31 - 1
+SPECIAL = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+"""What Triton says of kernels that are not just launched."""
 
 _target_lock = threading.Lock()  # Triton sets its driver up at the first question
-
-Launch = Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]
 
 
 def version() -> str:
@@ -48,14 +50,14 @@ def require() -> None:
 
 
 def load(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Launch:
-    """The launch function of a printed kernel, compiled for the current device.
+    """What launches a printed kernel, compiled for the current device.
 
     NoCompilerError: no Triton or no GPU.  CompileError: the kernel does not compile, in time.
     """
     require()
     if triton.knobs.runtime.interpret:
-        return _interpreted(import_kernel(str(_written(source))), _programs(nest))
-    return _Launcher(nest, partial(_job, nest, schedule, source), timeout).launch
+        return _Interpreted(import_kernel(str(_written(source))), _Programs(nest))
+    return _Launcher(_Programs(nest), partial(_job, nest, schedule, source), timeout)
 
 
 def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> None:
@@ -115,32 +117,40 @@ def _written(source: str) -> Path:
     return path
 
 
-def _programs(nest: Nest) -> Callable[[int], int]:
+class _Programs:
     """The number of programs for a batch size."""
-    counts = [p.count for p in nest.loops if p.bind == "grid"]
-    steps = math.prod(c for c in counts if c is not None)
-    batched = None in counts
 
-    def programs(batch: int) -> int:
-        number = steps * batch if batched else steps
+    def __init__(self, nest: Nest) -> None:
+        counts = [p.count for p in nest.loops if p.bind == "grid"]
+        self.name = nest.name
+        self.steps = math.prod(c for c in counts if c is not None)
+        self.batched = None in counts
+
+    def __call__(self, batch: int) -> int:
+        number = self.steps * batch if self.batched else self.steps
         if number > MAX_PROGRAMS or batch > MAX_PROGRAMS:
             raise ScheduleError(
-                f"{nest.name} on a batch of {batch} needs {number} programs, but a grid has at most "
+                f"{self.name} on a batch of {batch} needs {number} programs, but a grid has at most "
                 f"{MAX_PROGRAMS}; use a smaller batch, or a schedule that maps less to the grid."
             )
         return number
 
-    return programs
 
+class _Interpreted:
+    """Runs one kernel in Triton's interpreter."""
 
-def _interpreted(kernel: Any, programs: Callable[[int], int]) -> Launch:
-    def launch(operands: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
-        number = programs(batch)
+    def __init__(self, kernel: Any, programs: _Programs) -> None:
+        self.kernel = kernel
+        self.programs = programs
+
+    def __call__(self, operands: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
+        number = self.programs(batch)
         if number:
             # A constexpr, since NumPy has no range over the arrays of one element that integers become.
-            kernel[(number,)](*operands, out, triton.language.constexpr(batch))
+            self.kernel[(number,)](*operands, out, triton.language.constexpr(batch))
 
-    return launch
+    def entry(self) -> Entry | None:
+        return None
 
 
 class _Launcher:
@@ -150,8 +160,8 @@ class _Launcher:
     is known: all pointers are aligned, as those of allocations are; of a view that is not, a copy is taken.
     """
 
-    def __init__(self, nest: Nest, job: Callable[[], Job], timeout: float) -> None:
-        self.programs = _programs(nest)
+    def __init__(self, programs: _Programs, job: Callable[[], Job], timeout: float) -> None:
+        self.programs = programs
         self.job = job
         self.timeout = timeout
         self.compiled: dict[int, tuple[Any, ...]] = {}
@@ -174,14 +184,24 @@ class _Launcher:
         self.compiled[device] = entry
         return entry
 
-    def launch(self, operands: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
+    def entry(self) -> Entry | None:
+        device = torch.cuda.current_device()
+        function, made = operator.itemgetter(1, 4)(self.compiled.get(device) or self.compile(device))
+        meta = made.metadata
+        # What a launch of these needs, only Triton knows.
+        if torch.version.hip or any(getattr(meta, name, 0) for name in SPECIAL) or meta.num_ctas != 1:
+            return None
+        threads = meta.num_warps * meta.target.warp_size
+        return Entry(function, self.programs.steps, self.programs.batched, threads, meta.shared)
+
+    def __call__(self, operands: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
         number = self.programs(batch)
         if not number:
             return
         device = out.get_device()
         if device != torch.cuda.current_device():
             with torch.cuda.device_of(out):
-                self.launch(operands, out, batch)
+                self(operands, out, batch)
             return
         addresses = [tensor.data_ptr() for tensor in (*operands, out)]
         bits = 0
@@ -189,7 +209,7 @@ class _Launcher:
             bits |= address
         if bits % ALIGNMENT:
             result = torch.empty_like(out) if out.data_ptr() % ALIGNMENT else out
-            self.launch([x.clone() if x.data_ptr() % ALIGNMENT else x for x in operands], result, batch)
+            self([x.clone() if x.data_ptr() % ALIGNMENT else x for x in operands], result, batch)
             if result is not out:
                 out.copy_(result)
             return

@@ -1,0 +1,36 @@
+"""What a runtime makes of a compiled kernel: something that launches it, from Python or from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a compiled kernel begins, for those who launch it without Python.
+
+    address:  of a C++ function, or the driver's handle of a GPU's.
+    programs: how many there are, for each step of the run-time extent if ``batched``.
+    threads:  of a program; 0 for a C++ function.
+    shared:   bytes of memory that the threads of a program share.
+    """
+
+    address: int
+    programs: int = 1
+    batched: bool = False
+    threads: int = 0
+    shared: int = 0
+
+
+class Launch(Protocol):
+    """A compiled kernel."""
+
+    def __call__(self, operands: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
+        """Compute ``out``, which lies in memory as the nest says, like the operands."""
+
+    def entry(self) -> Entry | None:
+        """Where it begins, on the current device; None where only Python can launch it."""
