@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,8 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import filelock
 import torch
+from filelock import FileLock
 
 from ..errors import CompileError, NoCompilerError
 from . import first_run
@@ -117,8 +118,10 @@ def built(source: str, flags: Sequence[str], libraries: Sequence[str], timeout: 
     """
     command = compiler()
     path = folder() / digest(source, version(), *flags, *libraries, *needs)
-    # One process of many compiles, and one thread of this one.
-    with filelock.FileLock(f"{path}.lock"):
+    with contextlib.ExitStack() as turn:
+        # One thread of one process compiles. One that is stuck, or a disk without locks, stops nobody.
+        with contextlib.suppress(OSError, NotImplementedError):
+            turn.enter_context(FileLock(f"{path}.lock").acquire(timeout=timeout))
         if not intact(path):
             with scratch(path) as made:
                 _compile([command, *flags], source, made, timeout, libraries)

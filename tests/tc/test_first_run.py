@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from g3dswap.comprehensions import nest
 from g3dswap.errors import ProcessError
@@ -51,6 +52,16 @@ def prepare(body: str, timeout: float = 20) -> Path:
 def path_of(body: str) -> Path:
     name = objects.digest(kernel(body), runtime_cpp.version(), *runtime_cpp.FLAGS)
     return objects.folder() / f"{name}.so"
+
+
+def test_an_object_is_compiled_once_and_a_lock_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = "int main() { return 7; }", ("-O0",), (), 2.0, "the test"
+    path = objects.folder() / objects.digest(arguments[0], runtime_cpp.version(), "-O0", "the test")
+    with FileLock(f"{path}.lock"):  # whose holder is stuck
+        assert runtime_cpp.built(*arguments) == path
+    assert subprocess.run([path]).returncode == 7
+    monkeypatch.setattr(runtime_cpp, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert runtime_cpp.built(*arguments) == path
 
 
 def test_sizes_are_those_of_the_tensors() -> None:
