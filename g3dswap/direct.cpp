@@ -373,50 +373,108 @@ const Site* site_of(PyObject* conf) {
   return found ? static_cast<const Site*>(PyCapsule_GetPointer(found, nullptr)) : nullptr;
 }
 
-// The result, undefined where Python has to see to it.
-Tensor called(const Site& site, Tensor input, Tensor weight, std::optional<Tensor> bias) {
-  std::optional<c10::impl::ExcludeDispatchKeyGuard> cast;
-  auto type = input.device().type();
-  if (at::autocast::is_autocast_enabled(type)) {
-    auto dtype = at::autocast::get_autocast_dtype(type);
-    input = at::autocast::cached_cast(dtype, input, type);
-    weight = at::autocast::cached_cast(dtype, weight, type);
-    if (bias) bias = at::autocast::cached_cast(dtype, *bias, type);
-    cast.emplace(at::autocast::get_autocast_dispatch_key_from_device_type(type));
-  }
-  if (!input.size(0)) return Tensor();
-  auto pass = site.find(key_of(FORWARD, input, weight, bias ? &*bias : nullptr));
+// The tensors of a forward pass.
+struct Operated {
+  Tensor input, weight;
+  std::optional<Tensor> bias;
+};
+
+// The result, undefined where Python has to see to it; `recorded` is whether autograd is to know of it.
+Tensor called(const Site& site, const Operated& of, bool recorded) {
+  if (!of.input.size(0) || (recorded && site.activated)) return Tensor();
+  auto pass = site.find(key_of(FORWARD, of.input, of.weight, of.bias ? &*of.bias : nullptr));
   if (!pass) return Tensor();
-  bool recorded = at::GradMode::is_enabled() &&
-      (input.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad()));
-  if (recorded && site.activated) return Tensor();
   Tensor out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    out = forward(site, *pass, input, weight, bias);
+    out = forward(site, *pass, of.input, of.weight, of.bias);
   }
-  return recorded && out.defined() ? Conv3d::apply(input, weight, bias, &site, Made{out}) : out;
+  return recorded && out.defined() ? Conv3d::apply(of.input, of.weight, of.bias, &site, Made{out}) : out;
 }
 
-// call(input, weight, bias, conf): the result, or None where Python has to see to it.
+Tensor called_under_autocast(const Site& site, Operated of) {
+  std::optional<c10::impl::ExcludeDispatchKeyGuard> cast;
+  auto type = of.input.device().type();
+  if (at::autocast::is_autocast_enabled(type)) {
+    auto dtype = at::autocast::get_autocast_dtype(type);
+    of.input = at::autocast::cached_cast(dtype, of.input, type);
+    of.weight = at::autocast::cached_cast(dtype, of.weight, type);
+    if (of.bias) of.bias = at::autocast::cached_cast(dtype, *of.bias, type);
+    cast.emplace(at::autocast::get_autocast_dispatch_key_from_device_type(type));
+  }
+  bool wanted = of.input.requires_grad() || of.weight.requires_grad() || (of.bias && of.bias->requires_grad());
+  return called(site, of, wanted && at::GradMode::is_enabled());
+}
+
+// What input, weight and bias are, if they are plain tensors of a layer.
+std::optional<Operated> operated(PyObject* const* given) {
+  bool biased = given[2] != Py_None;
+  if (!is_plain(given[0]) || !is_plain(given[1]) || (biased && !is_plain(given[2]))) return std::nullopt;
+  Operated found{THPVariable_Unpack(given[0]), THPVariable_Unpack(given[1]), std::nullopt};
+  if (biased) found.bias = THPVariable_Unpack(given[2]);
+  bool usual = found.input.dim() == 5 && found.weight.dim() == 5 && (!biased || found.bias->dim() == 1);
+  return usual ? std::optional(std::move(found)) : std::nullopt;
+}
+
+PyObject* wrapped(Tensor&& x) {
+  if (!x.defined()) Py_RETURN_NONE;
+  return THPVariable_Wrap(std::move(x));
+}
+
+// call(input, weight, bias, conf): a layer's result, or None where Python has to see to it.
 PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 4, "call takes four arguments.");
   const Site* site = site_of(given[3]);
-  bool biased = given[2] != Py_None;
-  if (!site || !is_plain(given[0]) || !is_plain(given[1]) || (biased && !is_plain(given[2]))) Py_RETURN_NONE;
-  const Tensor &input = THPVariable_Unpack(given[0]), &weight = THPVariable_Unpack(given[1]);
-  if (input.dim() != 5 || weight.dim() != 5 || observed()) Py_RETURN_NONE;
+  auto found = site && !observed() ? operated(given) : std::nullopt;
+  if (!found) Py_RETURN_NONE;
   Tensor out;
   {
-    std::optional<Tensor> bias;
-    if (biased) bias = THPVariable_Unpack(given[2]);
-    if (biased && bias->dim() != 1) Py_RETURN_NONE;
     WithoutLock released;
-    out = called(*site, input, weight, bias);
+    out = called_under_autocast(*site, std::move(*found));
   }
-  if (!out.defined()) Py_RETURN_NONE;
-  return THPVariable_Wrap(std::move(out));
+  return wrapped(std::move(out));
+  END_HANDLE_TH_ERRORS
+}
+
+// forward(input, weight, bias, conf): the same for the dispatcher, which has seen to autocast and autograd.
+PyObject* run_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 4, "forward takes four arguments.");
+  const Site* site = site_of(given[3]);
+  auto found = site ? operated(given) : std::nullopt;
+  if (!found) Py_RETURN_NONE;
+  Tensor out;
+  {
+    WithoutLock released;
+    out = called(*site, *found, false);
+  }
+  return wrapped(std::move(out));
+  END_HANDLE_TH_ERRORS
+}
+
+// backward(grad, input, weight, conf, of_input, of_weight, of_bias): the gradients that are wanted and None for
+// others, or None where Python has to see to it.
+PyObject* run_backward(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 7, "backward takes seven arguments.");
+  const Site* site = site_of(given[3]);
+  if (!site || !is_plain(given[0]) || !is_plain(given[1]) || !is_plain(given[2])) Py_RETURN_NONE;
+  Tensor grad = THPVariable_Unpack(given[0]), input = THPVariable_Unpack(given[1]),
+         weight = THPVariable_Unpack(given[2]);
+  if (grad.dim() != 5 || input.dim() != 5 || weight.dim() != 5 || !input.size(0)) Py_RETURN_NONE;
+  std::optional<std::array<Tensor, 2>> found;
+  Tensor of_bias;
+  {
+    WithoutLock released;
+    at::AutoDispatchBelowADInplaceOrView guard;
+    found = gradients(*site, grad, input, weight, {given[4] == Py_True, given[5] == Py_True});
+    if (found && given[6] == Py_True) of_bias = at::sum(grad, {0, 2, 3, 4});
+  }
+  if (!found) Py_RETURN_NONE;
+  THPObjectPtr first(wrapped(std::move((*found)[0]))), second(wrapped(std::move((*found)[1])));
+  THPObjectPtr third(wrapped(std::move(of_bias)));
+  return PyTuple_Pack(3, first.get(), second.get(), third.get());
   END_HANDLE_TH_ERRORS
 }
 
@@ -530,8 +588,15 @@ PyObject* counts(PyObject*, PyObject*) {
   return Py_BuildValue("LLL", forward, of_input, of_weight);
 }
 
+template <typename Function>
+PyCFunction fast(Function* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef methods[] = {
-    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, nullptr},
+    {"call", fast(call), METH_FASTCALL, nullptr},
+    {"forward", fast(run_forward), METH_FASTCALL, nullptr},
+    {"backward", fast(run_backward), METH_FASTCALL, nullptr},
     {"learn", learn, METH_VARARGS, nullptr},
     {"forget", forget, METH_NOARGS, nullptr},
     {"counts", counts, METH_NOARGS, nullptr},

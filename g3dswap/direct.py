@@ -39,8 +39,14 @@ call: Callable[..., Tensor | None] | None = None
 """``call(input, weight, bias, conf)``: the layer's result, or None for a call that Python has to see to.
 
 conf is ``(stride, padding, dilation, groups, tune, cache, transposed, output_padding, activation)``. None
-until it is compiled.
+until it is compiled, as the next two are.
 """
+
+forward: Callable[..., Tensor | None] | None = None
+"""The same for tensors that the dispatcher has seen: there is no autocast and nothing to record."""
+
+backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None] | None] | None = None
+"""``backward(grad_output, input, weight, conf, *output_mask)``, with bools in the mask: the gradients."""
 
 _learn: Callable[..., bool] | None = None
 _module: Any = None
@@ -115,7 +121,7 @@ def counts() -> tuple[int, int, int]:
 
 
 def _load() -> None:
-    global call, _learn, _module
+    global call, forward, backward, _learn, _module
     try:
         module = _imported(_built())
     except (G3DSwapError, ImportError, OSError) as error:
@@ -126,7 +132,8 @@ def _load() -> None:
         )
         return
     decided.on_change(module.forget)
-    _module, call, _learn = module, module.call, module.learn
+    _module, _learn = module, module.learn
+    call, forward, backward = module.call, module.forward, module.backward
     decided.changed()  # so that what was decided before is learnt at its next call
 
 

@@ -68,6 +68,10 @@ def conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: An
     """The forward kernel on real CPU and CUDA tensors."""
     shape = input.shape
     conf, activation = parted(given)
+    if direct.forward is not None:
+        out = direct.forward(input, weight, bias, (*conf, activation))
+        if out is not None:
+            return out
     if len(shape) == 5 and shape[0]:
         key = (
             "forward", shape[1:], input.stride(), input.dtype, input.device,
@@ -100,6 +104,10 @@ def conv3d_backward(
 ) -> Grads:
     """The backward kernel on real CPU and CUDA tensors; None for what ``output_mask`` leaves out."""
     conf = conf_of(stride, padding, dilation, groups, *given)
+    if direct.backward is not None:
+        found = direct.backward(grad_output, input, weight, (*conf, ""), *map(bool, output_mask))
+        if found is not None:
+            return found
     if input.dim() == 4 and weight.dim() == 5:
         of_input, of_weight, of_bias = conv3d_backward(
             grad_output.unsqueeze(0), input.unsqueeze(0), weight, *conf[:4], output_mask, *conf[4:]
