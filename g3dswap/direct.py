@@ -12,7 +12,7 @@ import math
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -90,6 +90,31 @@ def learn(
         plan = _plan(choice)
     if plan is not None:
         _learn(conf, KINDS[name], input, weight, third, plan)
+
+
+def bound(choice: Choice, operands: Sequence[Tensor | None]) -> Callable[..., Tensor]:
+    """The pass of a choice as a layer runs it, for operands like these, which are those of ``choice.run``.
+
+    Not of a transposed layer.
+    """
+    problem, geometry = choice.problem, choice.problem.geometry
+    options = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    conf = *options, "bound", "", False, (0, 0, 0), problem.activation
+    place = ("grad_input", "grad_weight", "forward").index(problem.direction)
+    input, weight, third = operands if problem.direction == "forward" else (*operands[1:], operands[0])
+    assert input is not None and weight is not None
+    learn(choice, problem.direction, conf, input, weight, third)
+
+    def run_forward(*tensors: Tensor | None) -> Tensor:
+        out = forward(*tensors, conf) if forward else None
+        return choice.run(*tensors) if out is None else out
+
+    def run_backward(*tensors: Tensor | None) -> Tensor:
+        found = backward(*tensors, conf, place == 0, place == 1, False) if backward else None
+        out = found[place] if found else None
+        return choice.run(*tensors) if out is None else out
+
+    return run_forward if problem.direction == "forward" else run_backward
 
 
 def _plan(choice: Choice) -> tuple[Any, ...] | None:

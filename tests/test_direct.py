@@ -22,10 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import g3dswap
-from g3dswap import choose, comprehensions, decided, direct
+from g3dswap import choose, comprehensions, decided, direct, native
 from g3dswap.choice import Choice
 from g3dswap.module import Grouped3D, Grouped3DTranspose
-from g3dswap.problem import Problem
+from g3dswap.problem import Geometry, Problem
+from g3dswap.stored import open_cache
 from g3dswap.tc.schedule import Schedule, serial
 from g3dswap.workload import build
 from tests.profiles import examples
@@ -210,6 +211,18 @@ def test_parts_of_a_sum_are_added_up(monkeypatch: pytest.MonkeyPatch, counts: Co
         same(results(module, x), first)
         assert counts.take() == (1, 1, 1)
     choose.forget()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("direction", ["forward", "grad_input", "grad_weight"])
+def test_a_pass_alone(direction: Any, device: str, counts: Counts) -> None:
+    geometry = Geometry(4, 8, 4, (3, 6, 5), (3, 3, 3), padding=(1, 1, 1))
+    problem = Problem(direction, geometry, device=device, bias=direction == "forward")
+    choice = choose.Chooser(open_cache(), tune="none", progress=False).choose(problem)
+    operands = native.random_operands(problem, 2)
+    run = direct.bound(choice, operands)
+    assert torch.equal(run(*operands), choice.run(*operands))
+    assert sum(counts.take()) == 1
 
 
 # What it does not know.

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from g3dswap import native
+from g3dswap import direct, native
 from g3dswap.bench import graphs
 from g3dswap.choice import Choice
 from g3dswap.errors import described
@@ -132,10 +132,16 @@ def measure_pass(
     runs: dict[tuple[str, str], Run] = {
         (TORCH, layout): partial(native.run, problem) for layout, problem in problems.items()
     }
-    runs |= {(OURS, layout): choice.run for layout, choice in choices.items() if not choice.is_native}
     layout, problem = next(iter(problems.items()))
     failed: dict[str, str] = {}
+    if problem.device == "cuda":
+        direct.load()  # as layers have it
     with torch.no_grad(), native.switches(problem):
+        runs |= {
+            (OURS, name): direct.bound(choice, operands[name])
+            for name, choice in choices.items()
+            if not choice.is_native
+        }
         sample = Sample(problem, operands[layout])  # the values are those of the other layouts too
         calls = {key: partial(run, *operands[key[1]]) for key, run in runs.items()}
         checks = {layout: _check(problem, sample, calls, layout) for layout, problem in problems.items()}
