@@ -421,35 +421,33 @@ PyObject* wrapped(Tensor&& x) {
   return THPVariable_Wrap(std::move(x));
 }
 
-// call(input, weight, bias, conf): a layer's result, or None where Python has to see to it.
-PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 4, "call takes four arguments.");
-  const Site* site = site_of(given[3]);
-  auto found = site && !observed() ? operated(given) : std::nullopt;
-  if (!found) Py_RETURN_NONE;
-  Tensor out;
-  {
-    WithoutLock released;
-    out = called_under_autocast(*site, std::move(*found));
-  }
-  return wrapped(std::move(out));
-  END_HANDLE_TH_ERRORS
-}
-
-// forward(input, weight, bias, conf): the same for the dispatcher, which has seen to autocast and autograd.
-PyObject* run_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 4, "forward takes four arguments.");
+// What a function of a site and its tensors makes of (input, weight, bias, conf).
+template <typename Compute>
+PyObject* answered(PyObject* const* given, Py_ssize_t count, Compute compute) {
+  TORCH_CHECK(count == 4, "Give input, weight, bias and conf.");
   const Site* site = site_of(given[3]);
   auto found = site ? operated(given) : std::nullopt;
   if (!found) Py_RETURN_NONE;
   Tensor out;
   {
     WithoutLock released;
-    out = called(*site, *found, false);
+    out = compute(*site, std::move(*found));
   }
   return wrapped(std::move(out));
+}
+
+// call(input, weight, bias, conf): a layer's result, or None where Python has to see to it.
+PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (observed()) Py_RETURN_NONE;
+  return answered(given, count, called_under_autocast);
+  END_HANDLE_TH_ERRORS
+}
+
+// forward(input, weight, bias, conf): the same for the dispatcher, which has seen to autocast and autograd.
+PyObject* run_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return answered(given, count, [](const Site& site, const Operated& of) { return called(site, of, false); });
   END_HANDLE_TH_ERRORS
 }
 
