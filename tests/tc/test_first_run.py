@@ -60,6 +60,8 @@ def test_an_object_is_compiled_once_and_a_lock_stops_nobody(monkeypatch: pytest.
     with FileLock(f"{path}.lock"):  # whose holder is stuck
         assert runtime_cpp.built(*arguments) == path
     assert subprocess.run([path]).returncode == 7
+    path.write_bytes(b"damaged")
+    assert subprocess.run([runtime_cpp.built(*arguments)]).returncode == 7
     monkeypatch.setattr(runtime_cpp, "_compile", lambda *_: pytest.fail("compiled again"))
     assert runtime_cpp.built(*arguments) == path
 
