@@ -117,6 +117,12 @@ def _written(source: str) -> Path:
     return path
 
 
+def _is_watched() -> bool:
+    """Whether somebody has asked Triton to tell of launches."""
+    hooks = triton.knobs.runtime
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+
+
 class _Programs:
     """The number of programs for a batch size."""
 
@@ -188,8 +194,9 @@ class _Launcher:
         device = torch.cuda.current_device()
         function, made = operator.itemgetter(1, 4)(self.compiled.get(device) or self.compile(device))
         meta = made.metadata
-        # What a launch of these needs, only Triton knows.
-        if torch.version.hip or any(getattr(meta, name, 0) for name in SPECIAL) or meta.num_ctas != 1:
+        # What a launch of these needs, only Triton knows; and whoever watches launches is to see them.
+        special = any(getattr(meta, name, 0) for name in SPECIAL) or meta.num_ctas != 1
+        if torch.version.hip or special or _is_watched():
             return None
         threads = meta.num_warps * meta.target.warp_size
         return Entry(function, self.programs.steps, self.programs.batched, threads, meta.shared)
@@ -214,8 +221,7 @@ class _Launcher:
                 out.copy_(result)
             return
         run, function, metadata, stream, made = self.compiled.get(device) or self.compile(device)
-        hooks = triton.knobs.runtime
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        if _is_watched():
             made[(number, 1, 1)](*operands, out, batch)
             return
         # Addresses instead of tensors, for each of which the driver would be asked where it lies.
