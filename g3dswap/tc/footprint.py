@@ -47,6 +47,11 @@ def runs_of(nest: Nest, batch: int) -> tuple[int, int]:
     return programs, math.prod(counts[: nest.tile_start]) // programs
 
 
+def partials_of(nest: Nest, batch: int) -> int:
+    """How many partial results there are to be summed; 0 where there are none."""
+    return math.prod(nest.loops[i].count or batch for i in nest.partial_loops) if nest.partial_counts else 0
+
+
 def lanes_of(nest: Nest) -> list[Loop]:
     """The loops whose steps run beside each other."""
     return [loop for loop in nest.loops if loop.bind in VECTOR_BINDS]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .footprint import LINE, WARP, accumulators_of, footprint, runs_of, tile_of
+from .footprint import LINE, WARP, accumulators_of, footprint, partials_of, runs_of, tile_of
 from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
 from .nest import SIDE_BINDS, Access, Loop, Nest
 from .triton_text import parts
@@ -59,7 +59,6 @@ def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
 
     Infinite where the operands of the stages that are under way do not fit into shared memory.
     """
-    counts = [loop.count or batch for loop in nest.loops]
     programs, runs = runs_of(nest, batch)
     tile = tile_of(nest)
     size = ITEM_BYTES[nest.tensors[0].dtype]
@@ -79,7 +78,7 @@ def cost(nest: Nest, warps: int, stages: int, batch: int = 4) -> float:
     chain = runs * (STEP[pipelined] + tiles * TILE + loads * LOAD)
     total = runs * programs / (min(PROCESSORS, programs) * CYCLES)
     matrix = tile.terms * rows * cols * depth / MATRIX[size]
-    partials = math.prod(counts[i] for i in nest.partial_loops) * (nest.partial_counts != ())
+    partials = partials_of(nest, batch)
     out = math.prod(e or batch for e in nest.tensor(nest.output.tensor).shape)
     moved = sum(math.prod(e or batch for e in t.shape) for t in nest.tensors) * size + partials * out * 8
     spilled = max(1.0, registers / MOST_REGISTERS) ** 2

@@ -13,7 +13,17 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-from .footprint import WARP, accumulators_of, footprint, lanes_of, lines, runs_of, tile_of, width
+from .footprint import (
+    WARP,
+    accumulators_of,
+    footprint,
+    lanes_of,
+    lines,
+    partials_of,
+    runs_of,
+    tile_of,
+    width,
+)
 from .nest import Access, Nest
 from .space_cpp import SIDE
 from .triton_text import parts
@@ -87,6 +97,7 @@ class _Work:
         self.counts = [loop.count or batch for loop in nest.loops]
         self.start = nest.tile_start
         self.programs, self.runs = runs_of(nest, batch)
+        self.partials = partials_of(nest, batch)
         self.tile = tile_of(nest)
         self.factors = [footprint(nest, factor, self.tile) for factor in nest.factors]
         lanes = lanes_of(nest)
@@ -106,11 +117,6 @@ class _Work:
         """How often a program stores its accumulators."""
         inside = math.prod(self.counts[self.nest.accumulate_from : self.start])
         return self.runs / max(1, inside)
-
-    @cached_property
-    def partials(self) -> int:
-        """Partial results; 0 where there are none to be summed."""
-        return math.prod(self.counts[i] for i in self.nest.partial_loops) if self.nest.partial_counts else 0
 
     @cached_property
     def instructions(self) -> float:
