@@ -3,8 +3,9 @@
 //
 // Python decides what runs a pass, and says so here once (`learn`). A call that is like one that was learnt is
 // then looked up, launched and recorded for autograd in C++; for any other, `call` gives None, and Python takes it
-// as it would without this file. So nothing is decided here, and no error is raised here: what looks unusual in
-// any way goes back to Python.
+// as it would without this file. So nothing is decided here, and only a launch that the driver refuses is an error
+// here: what looks unusual in any way goes back to Python. What makes calls alike is what Python's own keys are
+// made of (`execute.conv3d`, `native.switch_state`), and what is unusual is what it looks at (`op._unobserved`).
 
 #include <Python.h>
 #include <dlfcn.h>
@@ -528,8 +529,8 @@ bool parse(PyObject* entry, size_t parameters, Step& step) {
 }
 
 // learn(conf, kind, input, weight, third, plan): how calls like this one are to be run from now on. A plan is
-// None for PyTorch's kernel, or (reads, shape, batched, channels_last, step, parts, parts_batched, total).
-// False where calls of this kind cannot be direct.
+// None for PyTorch's kernel, or (reads, shape, batched, channels_last, step, parts, parts_batched, total). Calls of
+// kernels that only Triton can launch stay Python's.
 PyObject* learn(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   PyObject *conf, *input, *weight, *third, *plan;
@@ -539,7 +540,7 @@ PyObject* learn(PyObject*, PyObject* arguments) {
     return nullptr;
   }
   for (PyObject* x : {input, weight, third}) {
-    if (x != Py_None && !THPVariable_Check(x)) Py_RETURN_FALSE;
+    if (x != Py_None && !THPVariable_Check(x)) Py_RETURN_NONE;
   }
   auto pass = std::make_shared<Pass>();
   if (plan == Py_None) {
@@ -559,15 +560,15 @@ PyObject* learn(PyObject*, PyObject* arguments) {
     if (channels_last) pass->format = at::MemoryFormat::ChannelsLast3d;
     pass->parts = parts;
     pass->parts_batched = parts_batched;
-    if (!parse(step, pass->reads.size() + 2, pass->step)) Py_RETURN_FALSE;
-    if (total != Py_None && !parse(total, 3, pass->total.emplace())) Py_RETURN_FALSE;
+    if (!parse(step, pass->reads.size() + 2, pass->step)) Py_RETURN_NONE;
+    if (total != Py_None && !parse(total, 3, pass->total.emplace())) Py_RETURN_NONE;
   }
   const Tensor* last = third == Py_None ? nullptr : &THPVariable_Unpack(third);
   Key key = key_of(kind, THPVariable_Unpack(input), THPVariable_Unpack(weight), last);
   Site& site = made_site(conf);
   std::unique_lock guard(site.lock);
   site.passes[key] = std::move(pass);
-  Py_RETURN_TRUE;
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
@@ -601,11 +602,11 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "direct_cpp", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit_direct() {
+PyMODINIT_FUNC PyInit_direct_cpp() {
   sites = PyDict_New();
   return sites ? PyModule_Create(&definition) : nullptr;
 }

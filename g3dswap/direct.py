@@ -17,7 +17,7 @@ from dataclasses import astuple
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,21 +35,39 @@ KINDS = {"forward": 0, "grad_input": 1, "grad_weight": 2}
 FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-DAT_PER_OPERATOR_HEADERS")
 LIBRARIES = ("-ltorch_python", "-ltorch_cpu", "-lc10")
 
-call: Callable[..., Tensor | None] | None = None
-"""``call(input, weight, bias, conf)``: the layer's result, or None for a call that Python has to see to.
+Conf = tuple[Any, ...]
+"""Of a call: ``(stride, padding, dilation, groups, tune, cache, transposed, output_padding, activation)``."""
 
-conf is ``(stride, padding, dilation, groups, tune, cache, transposed, output_padding, activation)``. None
-until it is compiled, as the next two are.
-"""
 
-forward: Callable[..., Tensor | None] | None = None
-"""The same for tensors that the dispatcher has seen: there is no autocast and nothing to record."""
+class Extension(Protocol):
+    """What ``direct.cpp`` is as a module. Results are None where Python has to see to a call."""
 
-backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None] | None] | None = None
-"""``backward(grad_output, input, weight, conf, *output_mask)``, with bools in the mask: the gradients."""
+    def call(self, input: Tensor, weight: Tensor, bias: Tensor | None, conf: Conf) -> Tensor | None:
+        """A layer's result."""
 
-_learn: Callable[..., bool] | None = None
-_module: Any = None
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, conf: Conf) -> Tensor | None:
+        """The same for tensors that the dispatcher has seen: there is no autocast and nothing to record."""
+
+    def backward(
+        self, grad_output: Tensor, input: Tensor, weight: Tensor, conf: Conf, *output_mask: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+        """The gradients in input, weight and bias that the mask asks for."""
+
+    def learn(
+        self, conf: Conf, kind: int, input: Tensor, weight: Tensor, third: Tensor | None, plan: Any
+    ) -> None:
+        """Run calls like this one so from now on."""
+
+    def forget(self) -> None:
+        """Run none of those that were learnt."""
+
+    def counts(self) -> tuple[int, int, int]:
+        """How many forward passes, gradients of inputs and gradients of weights went this way."""
+
+
+extension: Extension | None = None
+"""None until it is compiled."""
+
 _lock = threading.Lock()
 _loading: threading.Thread | None = None
 
@@ -65,31 +83,26 @@ def load(wait: bool = True) -> None:
         _loading.join()
 
 
-def begin(device: str) -> None:
-    """Have it compiled in the background, if calls on such a device gain by it.
-
-    On a CPU a call is short beside its kernel.
-    """
+def begin(device: str, wait: bool = False) -> None:
+    """Load it if calls on such a device gain by it; on a CPU a call is short beside its kernel."""
     if device == "cuda":
-        load(wait=False)
+        load(wait)
 
 
-def learn(
-    choice: Choice, name: str, conf: tuple[Any, ...], input: Tensor, weight: Tensor, third: Tensor | None
-) -> None:
+def learn(choice: Choice, name: str, conf: Conf, input: Tensor, weight: Tensor, third: Tensor | None) -> None:
     """Run calls like this one directly from now on; ``third`` is the bias, or the gradient of the result."""
     begin(choice.problem.device)
-    if _learn is None:
+    if extension is None:
         return
     if choice.is_native:
         # On a CPU some calls of PyTorch's kernels need a detour, and activations are PyTorch's too.
         if choice.problem.device == "cuda" and not conf[-1]:
-            _learn(conf, KINDS[name], input, weight, third, None)
+            extension.learn(conf, KINDS[name], input, weight, third, None)
         return
     with torch.cuda.device_of(input):
         plan = _plan(choice)
     if plan is not None:
-        _learn(conf, KINDS[name], input, weight, third, plan)
+        extension.learn(conf, KINDS[name], input, weight, third, plan)
 
 
 def bound(choice: Choice, operands: Sequence[Tensor | None]) -> Callable[..., Tensor]:
@@ -100,21 +113,21 @@ def bound(choice: Choice, operands: Sequence[Tensor | None]) -> Callable[..., Te
     problem, geometry = choice.problem, choice.problem.geometry
     options = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     conf = *options, "bound", "", False, (0, 0, 0), problem.activation
-    place = ("grad_input", "grad_weight", "forward").index(problem.direction)
+    kind = KINDS[problem.direction]
     input, weight, third = operands if problem.direction == "forward" else (*operands[1:], operands[0])
     assert input is not None and weight is not None
     learn(choice, problem.direction, conf, input, weight, third)
 
-    def run_forward(*tensors: Tensor | None) -> Tensor:
-        out = forward(*tensors, conf) if forward else None
-        return choice.run(*tensors) if out is None else out
+    def run(first: Any, second: Any, third: Any) -> Tensor:
+        out = None
+        if extension and kind == 0:
+            out = extension.forward(first, second, third, conf)
+        elif extension:
+            found = extension.backward(first, second, third, conf, kind == 1, kind == 2, False)
+            out = found and found[kind - 1]
+        return choice.run(first, second, third) if out is None else out
 
-    def run_backward(*tensors: Tensor | None) -> Tensor:
-        found = backward(*tensors, conf, place == 0, place == 1, False) if backward else None
-        out = found[place] if found else None
-        return choice.run(*tensors) if out is None else out
-
-    return run_forward if problem.direction == "forward" else run_backward
+    return run
 
 
 def _plan(choice: Choice) -> tuple[Any, ...] | None:
@@ -128,11 +141,11 @@ def _plan(choice: Choice) -> tuple[Any, ...] | None:
     if step is None or (first.total is not None and total is None):
         return None
     places = candidate.reads(native.operands(choice.problem, 0, 1, 2))
-    counts = first.partial_counts or (0,)
-    parts = math.prod(count for count in counts if count is not None)
+    partial = first.partial_counts or (0,)
+    parts = math.prod(count for count in partial if count is not None)
     channels_last = candidate.format == torch.channels_last_3d
     result = tuple(candidate.shape), candidate.batched, channels_last
-    return places, *result, step, parts, None in counts, total
+    return places, *result, step, parts, None in partial, total
 
 
 def _entry(kernel: Kernel) -> tuple[Any, ...] | None:
@@ -140,13 +153,8 @@ def _entry(kernel: Kernel) -> tuple[Any, ...] | None:
     return None if found is None else astuple(found)
 
 
-def counts() -> tuple[int, int, int]:
-    """How many forward passes, gradients of inputs and gradients of weights went this way."""
-    return _module.counts() if _module is not None else (0, 0, 0)
-
-
 def _load() -> None:
-    global call, forward, backward, _learn, _module
+    global extension
     try:
         module = _imported(_built())
     except (G3DSwapError, ImportError, OSError) as error:
@@ -157,8 +165,7 @@ def _load() -> None:
         )
         return
     decided.on_change(module.forget)
-    _module, _learn = module, module.learn
-    call, forward, backward = module.call, module.forward, module.backward
+    extension = module
     decided.changed()  # so that what was decided before is learnt at its next call
 
 
@@ -174,10 +181,12 @@ def _built() -> Path:
     )
 
 
-def _imported(path: Path) -> Any:
-    loader = ExtensionFileLoader("direct", str(path))
-    spec = spec_from_loader("direct", loader)
+def _imported(path: Path) -> Extension:
+    name = f"{__name__}_cpp"  # Python keeps it among all modules under this name
+    loader = ExtensionFileLoader(name, str(path))
+    spec = spec_from_loader(name, loader)
     assert spec is not None
     module = module_from_spec(spec)
     loader.exec_module(module)
-    return module
+    found: Any = module
+    return found

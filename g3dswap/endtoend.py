@@ -96,8 +96,8 @@ def _step(
 ) -> Step:
     calls: dict[str, Call] = {}
     grouped: dict[str, float] = {}
-    if AFTER in models and device.type == "cuda":
-        direct.load()  # which later steps do not wait for
+    if AFTER in models:
+        direct.begin(device.type, wait=True)  # which later steps do not wait for
     with _prepared(kind, models):
         for name, model in models.items():
             calls[name] = partial(_train if kind == "training" else _infer, model, inputs.fresh())

@@ -68,8 +68,8 @@ def conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: An
     """The forward kernel on real CPU and CUDA tensors."""
     shape = input.shape
     conf, activation = parted(given)
-    if direct.forward is not None:
-        out = direct.forward(input, weight, bias, (*conf, activation))
+    if direct.extension is not None:
+        out = direct.extension.forward(input, weight, bias, (*conf, activation))
         if out is not None:
             return out
     if len(shape) == 5 and shape[0]:
@@ -104,8 +104,8 @@ def conv3d_backward(
 ) -> Grads:
     """The backward kernel on real CPU and CUDA tensors; None for what ``output_mask`` leaves out."""
     conf = conf_of(stride, padding, dilation, groups, *given)
-    if direct.backward is not None:
-        found = direct.backward(grad_output, input, weight, (*conf, ""), *map(bool, output_mask))
+    if direct.extension is not None:
+        found = direct.extension.backward(grad_output, input, weight, (*conf, ""), *map(bool, output_mask))
         if found is not None:
             return found
     if input.dim() == 4 and weight.dim() == 5:

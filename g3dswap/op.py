@@ -107,8 +107,8 @@ def call(
     what it would call is known.
     """
     conf = stride, padding, dilation, groups, tune, cache, transposed, output_padding
-    if not torch.compiler.is_compiling() and direct.call is not None and forward_ad._current_level < 0:
-        out = direct.call(input, weight, bias, (*conf, activation))
+    if not torch.compiler.is_compiling() and direct.extension is not None and forward_ad._current_level < 0:
+        out = direct.extension.call(input, weight, bias, (*conf, activation))
         if out is not None:
             return out
     if groups < 2 or not _unobserved(input, weight, bias):

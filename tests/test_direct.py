@@ -16,10 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import g3dswap
 from g3dswap import choose, comprehensions, decided, direct, native
@@ -30,23 +28,20 @@ from g3dswap.stored import open_cache
 from g3dswap.tc.schedule import Schedule, serial
 from g3dswap.workload import build
 from tests.profiles import examples
-from tests.training import check, converted, plain, start, train
+from tests.training import check, checkpointed, converted, in_bfloat16, plain, start, train
 
-FUNCTIONS = "call", "forward", "backward", "_learn"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded() -> Iterator[None]:
     """In the tests of this file alone: others watch what Python does."""
+    direct._loading = None  # of an earlier time in this process
     direct.load()
-    assert direct._module is not None
-    for name in FUNCTIONS:
-        setattr(direct, name, getattr(direct._module, name.strip("_")))
+    assert direct.extension is not None
     choose.forget()
     yield
-    for name in FUNCTIONS:
-        setattr(direct, name, None)
+    direct.extension = None
     choose.forget()
 
 
@@ -57,7 +52,8 @@ class Counts:
         self.before = self.now()
 
     def now(self) -> tuple[int, ...]:
-        return direct.counts()
+        assert direct.extension is not None
+        return direct.extension.counts()
 
     def take(self) -> tuple[int, ...]:
         before, self.before = self.before, self.now()
@@ -132,18 +128,6 @@ def test_every_batch_is_alike(device: str, counts: Counts) -> None:
     assert counts.take() == (3, 3, 3)
     assert module(x[:0]).shape == (0, 4, 3, 4, 5) and counts.take() == (0, 0, 0)
     torch.testing.assert_close(module(x[0]), whole[0])
-
-
-def in_bfloat16(model: nn.Module, clips: Tensor, labels: Tensor) -> None:
-    with torch.autocast(clips.device.type, torch.bfloat16):
-        loss = cross_entropy(model(clips), labels)
-    loss.backward()
-
-
-def checkpointed(model: Any, clips: Tensor, labels: Tensor) -> None:
-    inner = checkpoint(model.features, model.stem(clips), use_reentrant=False)
-    assert isinstance(inner, Tensor)
-    cross_entropy(model.head(inner.mean((2, 3, 4))), labels).backward()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -232,28 +216,28 @@ def test_a_pass_alone(direction: Any, device: str, counts: Counts) -> None:
 # What it does not know.
 
 
-class Dispatched(TorchDispatchMode):
-    """Notes the operators that come by."""
+class Notes:
+    """Notes what comes by."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def note(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class Functions(TorchFunctionMode):
-    """Notes the functions that are called."""
+class Dispatched(Notes, TorchDispatchMode):
+    """Of operators."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
+    __torch_dispatch__ = Notes.note
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+
+class Functions(Notes, TorchFunctionMode):
+    """Of functions."""
+
+    __torch_function__ = Notes.note
 
 
 class Profiled(torch.profiler.profile):
@@ -425,7 +409,7 @@ def test_threads(counts: Counts) -> None:
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch, fresh_cache: Path) -> None:
     """Nothing is loaded, and nothing was compiled."""
-    for name in (*FUNCTIONS, "_loading", "_module"):
+    for name in ("extension", "_loading"):
         monkeypatch.setattr(direct, name, None)
     choose.forget()
 
@@ -435,7 +419,7 @@ def test_without_a_compiler_python_does_it(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CXX", "/bin/false")
     with pytest.warns(UserWarning, match="go through Python.*/bin/false"):
         direct.load()
-    assert direct.call is None
+    assert direct.extension is None
     module, x = layer(4, 4, 3, padding=1, groups=4), torch.randn(1, 4, 3, 4, 5)
     with pytest.warns(UserWarning, match="PyTorch's own kernels run"):
         module(x)
@@ -460,7 +444,7 @@ def test_on_a_gpu_it_loads_by_itself(unloaded: None) -> None:
     expected = results(module, x)
     assert direct._loading is not None
     direct._loading.join()
-    assert direct.call is not None
+    assert direct.extension is not None
     same(results(module, x), expected)
     counts = Counts()
     same(results(module, x), expected)

@@ -20,13 +20,23 @@ import torch._dynamo.utils
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 
 import g3dswap
 from g3dswap import choose, decided, execute
 from g3dswap.workload import Candidate
 from tests.kernels import Recorder
-from tests.training import Net, Step, batches, check, converted, plain, start, train
+from tests.training import (
+    Net,
+    Step,
+    batches,
+    check,
+    checkpointed,
+    converted,
+    in_bfloat16,
+    plain,
+    start,
+    train,
+)
 
 PASSES = {"forward", "grad_input", "grad_weight"}
 Run = tuple[str, torch.dtype, str]  # pass, dtype, layout
@@ -74,17 +84,6 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     monkeypatch.setattr(Candidate, "__call__", noted_run)
     monkeypatch.setattr(execute, "_gradient", noted_gradient)
     return seen
-
-
-def in_bfloat16(model: nn.Module, clips: Tensor, labels: Tensor) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        plain(model, clips, labels)
-
-
-def checkpointed(model: Any, clips: Tensor, labels: Tensor, use_reentrant: bool = False) -> None:
-    inner = checkpoint(model.features, model.stem(clips), use_reentrant=use_reentrant)
-    assert isinstance(inner, Tensor)
-    cross_entropy(model.head(inner.mean((2, 3, 4))), labels).backward()
 
 
 def compiled(model: nn.Module, clips: Tensor, labels: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 import g3dswap
 
@@ -72,6 +73,17 @@ def train(model: nn.Module, step: Step) -> nn.Module:
 
 def plain(model: nn.Module, clips: Tensor, labels: Tensor) -> None:
     cross_entropy(model(clips), labels).backward()
+
+
+def in_bfloat16(model: nn.Module, clips: Tensor, labels: Tensor) -> None:
+    with torch.autocast(clips.device.type, torch.bfloat16):
+        plain(model, clips, labels)
+
+
+def checkpointed(model: Any, clips: Tensor, labels: Tensor, use_reentrant: bool = False) -> None:
+    inner = checkpoint(model.features, model.stem(clips), use_reentrant=use_reentrant)
+    assert isinstance(inner, Tensor)
+    cross_entropy(model.head(inner.mean((2, 3, 4))), labels).backward()
 
 
 @torch.no_grad()

@@ -134,8 +134,7 @@ def measure_pass(
     }
     layout, problem = next(iter(problems.items()))
     failed: dict[str, str] = {}
-    if problem.device == "cuda":
-        direct.load()  # as layers have it
+    direct.begin(problem.device, wait=True)  # as layers have it
     with torch.no_grad(), native.switches(problem):
         runs |= {
             (OURS, name): direct.bound(choice, operands[name])

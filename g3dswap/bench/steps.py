@@ -145,8 +145,7 @@ def compare(
         fast = convert(model, (batches[0][0],), **options)
     synchronize(device)
     conversion = Conversion.of(report(fast), time.perf_counter() - start)
-    if device.type == "cuda":
-        direct.load()  # which later steps do not wait for
+    direct.begin(device.type, wait=True)  # which later steps do not wait for
     sides = {}
     for name, it in ((BEFORE, model), (AFTER, fast)):
         it.load_state_dict(weights)  # also the running means of what conversion ran
