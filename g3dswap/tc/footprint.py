@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from .nest import VECTOR_BINDS, Access, Axis, Index, Loop, Nest, Tensor
 from .triton_text import parts
-from .words import ITEM_BYTES, WORD_BYTES
+from .words import ITEM_BYTES, WARP, WORD_BYTES
 
 LINE = 128
-WARP = 32
 PRIME = (1 << 31) - 1  # hashes of points are taken modulo this: two points rarely have the same
 MOST_TILES = 4096
 """Tiles that are remembered: many schedules of a search have the same."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 
-from .footprint import LINE, WARP, accumulators_of, footprint, runs_of, tile_of
+from .footprint import LINE, accumulators_of, footprint, runs_of, tile_of
 from .model_product import CYCLES, SHARED_BYTES, elements_of
 from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
 from .nest import SIDE_BINDS, Access, Nest
 from .roles import image_and_other
-from .words import ITEM_BYTES
+from .words import ITEM_BYTES, WARP
 
 LAUNCH = 3e-6
 PLANE = 0.57e-6

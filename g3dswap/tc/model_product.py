@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .footprint import LINE, WARP, accumulators_of, footprint, partials_of, runs_of, tile_of
+from .footprint import LINE, accumulators_of, footprint, partials_of, runs_of, tile_of
 from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
 from .nest import SIDE_BINDS, Access, Loop, Nest
 from .triton_text import parts
-from .words import ITEM_BYTES
+from .words import ITEM_BYTES, WARP
 
 BANDWIDTH = 4e12
 CYCLES = 1.75e9

@@ -7,11 +7,11 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from .nest import SIDE_BINDS, Nest
-from .roles import sides
+from .roles import image_and_other, roles_of, sides
 from .schedule import Digit, Schedule, fused_name, rewritten
 from .skew import Skew, patch_name
 from .space_cpp import phases, reduces
-from .space_triton import Split, Tile, split_reductions, steps_outside
+from .space_triton import PROGRAMS, Split, Tile, split_reductions, steps_outside
 
 Side = tuple[tuple[str, ...], int]
 Packs = tuple[tuple[str, int], ...]
@@ -25,7 +25,8 @@ class Product:
     tile:  unroll counts; of an axis of a side, the block of each row.
     split: reductions whose outer digit is on the grid, and how many steps of them a program makes.
     stages, ahead: how far ahead Triton begins the loads of a loop, and the printer those of a product.
-    across: whether neighbouring lanes load the words of neighbouring blocks, or those of one block."""
+    across: whether neighbouring lanes load the words of neighbouring blocks, or those of one block.
+    staged: whether what is read at shifted positions is copied to shared memory first."""
 
     rows: Side
     cols: Side
@@ -38,6 +39,7 @@ class Product:
     stages: int
     ahead: int
     across: bool = False
+    staged: bool = False
 
     @property
     def sides(self) -> dict[str, Side]:
@@ -69,14 +71,24 @@ class Product:
         digits += [Digit(a, c, binds[a], True) for a, c in self.words.items()]
         hints = [("across", 1)] if self.across else []
         hints += [("ahead", self.ahead), ("stages", self.stages), ("warps", self.warps)]
+        stage = self._stages(whole, digits) if self.staged else ()
         return Schedule(
-            tuple(digits), tuple(g for g in groups if len(g) > 1), (), tuple(hints), self.pack, self.skew
+            tuple(digits), tuple(g for g in groups if len(g) > 1), stage, tuple(hints), self.pack, self.skew
         )
+
+    def _stages(self, nest: Nest, digits: Sequence[Digit]) -> tuple[tuple[str, int], ...]:
+        """The image, outside of all loops where its positions are rows; else both factors, inside of them."""
+        image, other = image_and_other(nest)
+        grids, loops = (sum(d.bind in binds for d in digits) for binds in (("grid",), ("grid", "serial")))
+        if roles_of(nest).along:
+            return ((image.tensor, grids),)
+        return (image.tensor, loops), (other.tensor, loops)
 
     @property
     def words(self) -> dict[str, int]:
         """The patches that are read as words, and how many elements those have."""
-        return {patch_name(skew.axis): skew.word for skew in self.skew if skew.word > 1}
+        words = () if self.staged else self.skew
+        return {patch_name(skew.axis): skew.word for skew in words if skew.word > 1}
 
     def loops(self, nest: Nest) -> bool:
         """Whether there is a loop around the product, of more than one step; `nest` is the rewritten one."""
@@ -102,7 +114,8 @@ class Product:
         hints = (schedule.hint("warps", 4), schedule.hint("stages", 2), schedule.hint("ahead", 0))
         across = bool(schedule.hint("across", 0))
         rows, cols, depth = sides["rows"], sides["cols"], sides["depth"]
-        return cls(rows, cols, depth, schedule.pack, schedule.skew, tile, grid, *hints, across)
+        staged = bool(schedule.stage)
+        return cls(rows, cols, depth, schedule.pack, schedule.skew, tile, grid, *hints, across, staged)
 
 
 def _group(groups: list[tuple[str, ...]], axis: str) -> tuple[str, ...]:
@@ -122,7 +135,7 @@ def of_tiles(products: Sequence[Product], wanted: Container[Tile]) -> Iterator[P
     return (product for product in products if product.tile in wanted)
 
 
-def splits(nest: Nest, own: tuple[Side, ...], tile: Tile) -> list[Split]:
+def splits(nest: Nest, own: tuple[Side, ...], tile: Tile, wanted: Sequence[int] = PROGRAMS) -> list[Split]:
     """Reductions to split, for a product with these sides and a tile; `nest` is the rewritten one."""
     named = {fused_name(axes): (axes, width) for axes, width in own}
-    return split_reductions(nest, named, dict(tile))
+    return split_reductions(nest, named, dict(tile), wanted)

@@ -21,8 +21,8 @@ from .product import Product, Skews, of_tiles, splits
 from .roles import added, image_and_other, possible, roles_of, sides
 from .schedule import rewritten
 from .skew import Skew, patch_name, shifted_by
-from .space_triton import WARP, Tile, another_split, power
-from .words import ITEM_BYTES, WORD_BYTES
+from .space_triton import Tile, another_split, power
+from .words import ITEM_BYTES, WARP, WORD_BYTES
 
 LEAST, MOST = 16, 64
 """Of a block's positions with its filters; groups of more channels than the least need no skewing."""

@@ -21,7 +21,8 @@ from .product import Packs, Product, Side, of_tiles, splits
 from .roles import Roles, image_and_other, possible, roles_of, sides
 from .schedule import rewritten
 from .space_cpp import phases
-from .space_triton import WARP, Tile, another_split, power
+from .space_triton import Tile, another_split, power
+from .words import WARP
 
 MAX_PRODUCTS = 54
 """Matrix products of one unrolled tile: each is some hundred instructions."""

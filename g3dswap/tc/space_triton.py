@@ -17,6 +17,7 @@ from functools import partial
 from .nest import Nest
 from .schedule import Digit, Schedule, fused_name
 from .space_cpp import SIDE, lane_axes, phases, reduces, shares
+from .words import WARP
 
 MAX_TERMS = 900
 """Multiply-adds of a thread in one unrolled tile: 27 taps of 32 results.  More compile long, for nothing."""
@@ -37,7 +38,6 @@ PROGRAMS = (600, 2400)
 WARPS = 4
 """Warps of such a program; of programs with fewer, there are to be more."""
 
-WARP = 32
 LONG = 128  # an axis as long as this fills the lanes of a program by itself
 
 WALKS = (2, 4, 8)
@@ -228,7 +228,8 @@ def splits(nest: Nest, lanes: Lanes, tile: Tile) -> list[Split]:
         return [(), *_walks(nest, lanes, dict(tile))]
     own = {fused_name(axes): (axes, width) for axes, width in lanes}
     warps = max(1, math.prod(width for _, width in lanes) // WARP)
-    return split_reductions(nest, own, dict(tile), warps)
+    more = () if warps >= WARPS else (PROGRAMS[-1] * WARPS // warps,)
+    return split_reductions(nest, own, dict(tile), (*PROGRAMS, *more))
 
 
 def _walks(nest: Nest, lanes: Lanes, tile: Mapping[str, int]) -> Iterator[Split]:
@@ -262,11 +263,14 @@ def steps_outside(
 
 
 def split_reductions(
-    nest: Nest, own: Mapping[str, tuple[tuple[str, ...], int]], counts: Mapping[str, int], warps: int = WARPS
+    nest: Nest,
+    own: Mapping[str, tuple[tuple[str, ...], int]],
+    counts: Mapping[str, int],
+    wanted: Sequence[int] = PROGRAMS,
 ) -> list[Split]:
     """Reductions to split so that there are enough programs: the batch first, then the longest.
 
-    own, counts: as for `steps_outside`.  warps: those of a program.
+    own, counts: as for `steps_outside`.  wanted: numbers of programs, about; for each there is a choice.
     Nothing is split where the result has the batch.
     """
     if _batched(nest):
@@ -280,11 +284,11 @@ def split_reductions(
             batched = name not in own and nest.extent(name) is None
             reductions.append((batched, steps, name))
     found = []
-    for wanted in PROGRAMS if warps >= WARPS else (*PROGRAMS, PROGRAMS[-1] * WARPS // warps):
+    for most in wanted:
         chosen, many = [], programs
         for batch, steps, name in sorted(reductions, reverse=True):
-            if many < wanted:
-                chunk = 1 if batch else max(1, steps * many // wanted)
+            if many < most:
+                chunk = 1 if batch else max(1, steps * many // most)
                 chosen.append((name, chunk))
                 many *= -(-steps // chunk)
         found.append(tuple(chosen))

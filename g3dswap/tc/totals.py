@@ -13,7 +13,8 @@ from .lower import lower
 from .nest import Nest
 from .parser import parse
 from .schedule import Digit, Schedule
-from .space_triton import WARP, power
+from .space_triton import power
+from .words import WARP
 
 TOTAL = """
 def total(float(N,S,E) P) -> (O) {

@@ -17,6 +17,8 @@ from .place_nd import Spot
 ALIGNMENT = 16
 WORD_BYTES = 8
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+WARP = 32
+"""Threads of a GPU that run together."""
 
 
 @dataclass(frozen=True)

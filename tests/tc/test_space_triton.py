@@ -19,7 +19,8 @@ from g3dswap.tc.nest import Nest
 from g3dswap.tc.product import is_product
 from g3dswap.tc.schedule import Digit, Schedule, apply
 from g3dswap.tc.space import Space
-from g3dswap.tc.space_triton import MAX_TERMS, WARP, Point, families, mutate, splits
+from g3dswap.tc.space_triton import MAX_TERMS, Point, families, mutate, splits
+from g3dswap.tc.words import WARP
 from tests.tc.test_print_triton import DEVICE, check, schedule_of
 
 pytest.importorskip("triton", reason="needs Triton")
