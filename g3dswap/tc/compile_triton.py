@@ -1,4 +1,4 @@
-"""Compiles printed Triton kernels in worker processes, without a GPU and without PyTorch.
+"""Compiles printed GPU kernels in worker processes, without a GPU and without PyTorch.
 
 A process of its own can be stopped when it takes too long, may crash, and does not share a GIL with the
 others.  This file is both sides: `compiled` is called by whoever wants a kernel, `main` is the worker.  What
@@ -23,6 +23,7 @@ from typing import Any
 from ..errors import CompileError, NoCompilerError, ProcessError, described
 from .builds import cores
 from .children import Child, Message, serve
+from .compile_cuda import cubin
 from .objects import digest, folder, intact, seal
 
 try:
@@ -32,6 +33,12 @@ except ImportError:
 
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "float16": "*fp16", "bfloat16": "*bf16"}
 ALIGNED = [["tt.divisibility", 16]]  # the attribute of an argument that 16 divides
+EMPTY = """import triton
+
+@triton.jit(do_not_specialize=["batch"])
+def kernel({}):
+    pass
+"""
 SUFFIXES = {"cuda": ".cubin", "hip": ".hsaco"}  # of a backend's binaries
 
 
@@ -44,6 +51,7 @@ class Job:
     target:   backend, architecture, lanes of a warp.
     options:  Triton's, such as num_warps.
     single:   no thread has elements of a tile that one load could bring, so that they need not be laid out.
+    shared:   bytes of shared memory of a kernel in CUDA C++; None: it is a Triton module.
     """
 
     path: str
@@ -52,6 +60,7 @@ class Job:
     target: tuple[str, Any, int]
     options: dict[str, int]
     single: bool = False
+    shared: int | None = None
 
     @property
     def name(self) -> str:
@@ -59,6 +68,8 @@ class Job:
         assert triton is not None
         settings = triton._C.libtriton.get_cache_invalidating_env_vars()
         rest = [self.types, self.target, self.options, self.single, settings]
+        if self.shared is not None:
+            rest.append(self.shared)
         return digest(self.text, triton.__version__, json.dumps(rest, sort_keys=True))
 
 
@@ -216,6 +227,14 @@ def _lay_out(wanted: bool) -> None:
 
 def _compile(job: Message) -> Message:
     """Leave the kernel's binary and metadata in the folder `scratch`."""
+    if job["shared"] is None:
+        _compile_triton(job)
+    else:
+        _compile_cuda(job)
+    return {}
+
+
+def _compile_triton(job: Message) -> None:
     scratch = job["scratch"]
     _lay_out(not job["single"])
     triton.knobs.cache.dir = scratch
@@ -230,4 +249,21 @@ def _compile(job: Message) -> Message:
     for suffix in (".json", SUFFIXES[backend]):
         (found,) = (path for name, path in made.metadata_group.items() if name.endswith(suffix))
         os.replace(found, Path(scratch, f"kernel{suffix}"))
-    return {}
+
+
+def _compile_cuda(job: Message) -> None:
+    """Triton loads and launches the kernel as one of its own: as it would a kernel that does nothing."""
+    backend, arch, _ = job["target"]
+    if backend != "cuda":
+        raise CompileError(f"CUDA C++ kernels are for NVIDIA's GPUs, not for {backend}.")
+    names = [f"a{i}" for i in range(len(job["types"]) - 1)]
+    empty = Path(job["scratch"], "empty.py")
+    empty.write_text(EMPTY.format(", ".join([*names, "batch"])), encoding="utf-8")
+    warps = job["options"]["num_warps"]
+    _compile_triton({**job, "path": str(empty), "options": {"num_warps": 1}})
+    metadata = Path(job["scratch"], "kernel.json")
+    known = json.loads(metadata.read_text(encoding="utf-8"))
+    known.update(name="kernel", shared=job["shared"], num_warps=warps)
+    metadata.write_text(json.dumps(known), encoding="utf-8")
+    text = Path(job["path"]).read_text(encoding="utf-8")
+    Path(job["scratch"], f"kernel{SUFFIXES[backend]}").write_bytes(cubin(text, arch))

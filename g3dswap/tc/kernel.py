@@ -14,9 +14,8 @@ from ..errors import ArgumentError
 from . import runtime_cpp, runtime_triton, totals
 from .launch import Launch
 from .nest import Nest
-from .print_cpp import print_cpp
-from .print_triton import print_triton
 from .schedule import Schedule, apply
+from .source import source
 
 GENERATORS = {"cpp": "2", "triton": "3"}
 """Raised when the same schedule begins to print another kernel; part of every cache key."""
@@ -162,12 +161,11 @@ def _printed(nest: Nest, schedule: Schedule, target: str) -> tuple[_Stage, ...]:
     if target not in TARGETS:
         raise ArgumentError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}.")
     scheduled = apply(nest, schedule)
+    stages = [_Stage(scheduled, schedule, source(scheduled, schedule, target))]
     if target == "cpp":
-        return (_Stage(scheduled, schedule, print_cpp(scheduled)),)
-    source = print_triton(scheduled, schedule.hint("ahead", 0), bool(schedule.hint("across", 0)))
-    stages = [_Stage(scheduled, schedule, source)]
+        return tuple(stages)
     second = totals.total(scheduled)
     if second is not None:
         summing = apply(*second)
-        stages.append(_Stage(summing, second[1], print_triton(summing)))
+        stages.append(_Stage(summing, second[1], source(summing, second[1], target)))
     return tuple(stages)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
+from ..errors import ScheduleError
 from .linear import Linear
 from .nest import Access, Fused, Index, Nest, digits
 from .place import Env, Guard, resolve
@@ -165,6 +166,33 @@ class Spotter:
         run = runs[0] if len(runs) == 1 else None
         address = self._joined(Linear.of(offset, terms))
         return Spot(access.tensor, address, tuple(guards), tuple(exact), run)
+
+    def indices(self, access: Access, env: Env) -> list[Linear] | None:
+        """The values of an access's indices; None: one of them never divides.
+
+        ScheduleError: one divides at run time.
+        """
+        found = [self._values[id(index)]({**self.fixed, **env}) for index in access.indices]
+        if any(pair is not None and pair[1] is not None for pair in found):
+            raise ScheduleError(f"{access} divides at run time; unroll what decides it.")
+        return None if None in found else [pair[0] for pair in found if pair is not None]
+
+    def ties(self, access: Access, env: Env) -> list[Linear]:
+        """What must be zero for an access not to vanish."""
+        env = {**self.fixed, **env}
+        return [self._axis(a, env) - self._axis(b, env) for a, b in access.ties]
+
+    def evaluate(self, form: Linear, values: Env) -> int:
+        """A form where variables have these values, and the others are zero."""
+
+        def of(symbol: str) -> int:
+            quotient = self.quotients.get(symbol)
+            if quotient is None:
+                return values.get(symbol, 0)
+            whole = self.evaluate(quotient.form, values)
+            return whole // quotient.number if quotient.op == "//" else whole % quotient.number
+
+        return form.const + sum(coefficient * of(symbol) for symbol, coefficient in form.terms)
 
     def span(self, tensor_name: str) -> int:
         """How far apart two elements of one image can lie."""

@@ -22,6 +22,7 @@ from .compile_triton import Job, compiled, dtype_pointers, import_kernel, loaded
 from .launch import Entry, Launch
 from .nest import Nest
 from .objects import digest, folder, intact, scratch
+from .print_cuda import is_cuda, shared_bytes
 from .schedule import Schedule
 from .triton_text import parts
 from .words import ALIGNMENT
@@ -56,8 +57,10 @@ def load(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Launch:
     """
     require()
     if triton.knobs.runtime.interpret:
-        return _Interpreted(import_kernel(str(_written(source))), _Programs(nest))
-    return _Launcher(_Programs(nest), partial(_job, nest, schedule, source), timeout)
+        if is_cuda(schedule):
+            raise CompileError("Triton's interpreter runs no CUDA C++.")
+        return _Interpreted(import_kernel(str(_written(source))), Programs(nest))
+    return _Launcher(Programs(nest), partial(_job, nest, schedule, source), timeout)
 
 
 def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> None:
@@ -86,8 +89,11 @@ def _job(nest: Nest, schedule: Schedule, source: str) -> Job:
         found = triton.runtime.driver.active.get_current_target()
     options = {"num_warps": schedule.hint("warps", 4), "num_stages": schedule.hint("stages", 2)}
     target = (found.backend, found.arch, found.warp_size)
+    types = dtype_pointers(dtypes)
+    if is_cuda(schedule):
+        return Job(str(_written(source, ".cu")), source, types, target, options, True, shared_bytes(source))
     single = _is_single(nest, options["num_warps"] * found.warp_size)
-    return Job(str(_written(source)), source, dtype_pointers(dtypes), target, options, single)
+    return Job(str(_written(source)), source, types, target, options, single)
 
 
 def _is_single(nest: Nest, threads: int) -> bool:
@@ -108,9 +114,9 @@ def _is_single(nest: Nest, threads: int) -> bool:
     )
 
 
-def _written(source: str) -> Path:
-    """The file of a printed module in the folder of compiled objects, where its kernel is imported from."""
-    path = folder() / f"{digest(source, version())}.py"
+def _written(source: str, suffix: str = ".py") -> Path:
+    """The file of a printed kernel in the folder of compiled objects, where its compiler finds it."""
+    path = folder() / f"{digest(source, version())}{suffix}"
     if not intact(path):
         with scratch(path) as made:
             made.write_text(source, encoding="utf-8")
@@ -123,7 +129,7 @@ def _is_watched() -> bool:
     return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
 
 
-class _Programs:
+class Programs:
     """The number of programs for a batch size."""
 
     def __init__(self, nest: Nest) -> None:
@@ -145,7 +151,7 @@ class _Programs:
 class _Interpreted:
     """Runs one kernel in Triton's interpreter."""
 
-    def __init__(self, kernel: Any, programs: _Programs) -> None:
+    def __init__(self, kernel: Any, programs: Programs) -> None:
         self.kernel = kernel
         self.programs = programs
 
@@ -166,7 +172,7 @@ class _Launcher:
     is known: all pointers are aligned, as those of allocations are; of a view that is not, a copy is taken.
     """
 
-    def __init__(self, programs: _Programs, job: Callable[[], Job], timeout: float) -> None:
+    def __init__(self, programs: Programs, job: Callable[[], Job], timeout: float) -> None:
         self.programs = programs
         self.job = job
         self.timeout = timeout

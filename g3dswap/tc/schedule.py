@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import NestError, ScheduleError
-from .nest import BINDS, Fused, Loop, Nest, Stage, verify_loops
+from .nest import BINDS, SIDE_BINDS, Fused, Loop, Nest, Stage, verify_loops
 from .pack import packed
 from .skew import Skew, skewed
 
@@ -152,8 +152,10 @@ def rewritten(nest: Nest, pack: tuple[tuple[str, int], ...], skew: tuple[Skew, .
 
 
 def _fuse(nest: Nest, parts: tuple[str, ...], staged: set[str], schedule: Schedule) -> Fused:
-    """Flatten axes; where a staged tensor is read at shifted positions, rows are padded so that a shift
+    """Flatten axes; where lanes read a staged tensor at shifted positions, rows are padded so that a shift
     in any part is one constant step of the flat index."""
+    if any(d.axis == fused_name(parts) and d.bind in SIDE_BINDS for d in schedule.digits):
+        staged = set()
     extents = []
     for position, part in enumerate(parts):
         extent = nest.axis(part).extent

@@ -11,13 +11,24 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ArgumentError, ScheduleError
-from . import model_banded, model_product, model_triton, space_banded, space_cpp, space_product, space_triton
+from . import (
+    model_banded,
+    model_product,
+    model_staged,
+    model_triton,
+    space_banded,
+    space_cpp,
+    space_product,
+    space_staged,
+    space_triton,
+)
+from .compile_cuda import is_available
 from .model_cpp import cost as cost_cpp
 from .nest import Nest
-from .print_cpp import print_cpp
-from .print_triton import print_triton
+from .print_cuda import is_cuda
 from .product import Product, is_product
 from .schedule import Digit, Schedule, apply
+from .source import source
 
 CLIMBS = 6
 """Families of C++ schedules whose tiles are worked out; the model puts the others far behind."""
@@ -63,6 +74,8 @@ class Space:
             if self.target == "cpp":
                 return cost_cpp(scheduled, self.threads)
             warps = schedule.hint("warps", 4)
+            if is_cuda(schedule):
+                return model_staged.cost(scheduled, warps, schedule.hint("stages", 1))
             if schedule.skew and is_product(schedule):
                 ahead, across = schedule.hint("ahead", 0), schedule.hint("across", 0)
                 return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across))
@@ -101,7 +114,7 @@ class Space:
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
         families = []
         every: list[tuple[Sequence[Tiled], Callable[[Container[Any]], Iterable[Tiled]]]]
-        spaces = (space_triton, space_product, space_banded)
+        spaces = (space_triton, space_product, space_banded, *([space_staged] if is_available() else []))
         every = [family for space in spaces for family in space.families(self.nest)]
         for first, rest in every:
             compared = first[:: -(-len(first) // TILES)] if first else first
@@ -131,9 +144,9 @@ class Space:
             (pair for f in self._families for pair in _diverse(f)[: A_FAMILY[self.target]]),
             key=lambda p: (p[0], str(p[1])),
         )
-        kinds: dict[tuple[bool, bool], list[tuple[float, Schedule]]] = {}
+        kinds: dict[tuple[bool, ...], list[tuple[float, Schedule]]] = {}
         for pair in pairs:
-            kinds.setdefault((is_product(pair[1]), bool(pair[1].skew)), []).append(pair)
+            kinds.setdefault(_kind(pair[1]), []).append(pair)
         ranks = {schedule: rank for rank, (_, schedule) in enumerate(pairs)}
         # Each kind has a model of its own, and a product in TF32 may not be exact enough.
         places = dict(ranks)
@@ -179,16 +192,22 @@ class Space:
         if self.target == "cpp":
             return space_cpp.mutate(self.nest, space_cpp.Point.of(schedule), rng).schedule(self.nest)
         if is_product(schedule):
-            space = space_banded if schedule.skew else space_product
+            banded = space_banded if schedule.skew else space_product
+            space = space_staged if is_cuda(schedule) else banded
             return space.mutate(self.nest, Product.of(schedule), rng).schedule(self.nest)
         return space_triton.mutate(self.nest, space_triton.Point.of(schedule), rng).schedule(self.nest)
 
     def _prints(self, schedule: Schedule) -> bool:
         try:
-            (print_cpp if self.target == "cpp" else print_triton)(apply(self.nest, schedule))
+            source(apply(self.nest, schedule), schedule, self.target)
         except ScheduleError:
             return False
         return True
+
+
+def _kind(schedule: Schedule) -> tuple[bool, ...]:
+    """Schedules of one kind have one model."""
+    return is_product(schedule), bool(schedule.skew) and not is_cuda(schedule), is_cuda(schedule)
 
 
 def _diverse(family: list[tuple[float, Schedule]]) -> list[tuple[float, Schedule]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,11 +17,14 @@ import pytest
 from g3dswap import comprehensions
 from g3dswap.errors import CompileError, ProcessError
 from g3dswap.problem import Geometry, Problem
-from g3dswap.tc import compile_triton, objects
+from g3dswap.tc import compile_cuda, compile_triton, objects
 from g3dswap.tc.compile_triton import Job, compiled, dtype_pointers
 from g3dswap.tc.kernel import show
+from g3dswap.tc.print_cuda import shared_bytes
 from g3dswap.tc.schedule import Schedule
+from g3dswap.tc.space_staged import families
 from g3dswap.tc.trial import COMPILE_ERROR, COMPILE_TIMEOUT, category
+from tests.tc.test_print_cuda import GEOMETRIES, problem_of
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton comes with ptxas on Linux only")
@@ -227,3 +231,34 @@ def test_a_worker_that_died_meanwhile_is_replaced() -> None:
     os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)
     compiled(job(2), 60)
     assert pids() != [worker]
+
+
+needs_nvrtc = pytest.mark.skipif(not compile_cuda.is_installed(), reason="needs NVRTC and its bindings")
+
+
+@needs_nvrtc
+def test_cuda_is_compiled_beside_what_triton_says_of_an_empty_kernel(tmp_path: Path) -> None:
+    nest = comprehensions.nest(problem_of("forward", GEOMETRIES["depthwise 5x5x5"]))
+    product = next(p for first, _ in families(nest) for p in first)
+    text = show(nest, product.schedule(nest), "triton")
+    path = tmp_path / "kernel.cu"
+    path.write_text(text)
+    types = dtype_pointers(["bfloat16"] * 3)
+    options = {"num_warps": 3, "num_stages": 1}
+    files = compiled(Job(str(path), text, types, ("cuda", 90, 32), options, True, shared_bytes(text)), 60)
+    said = json.loads(Path(files["kernel.json"]).read_text())
+    assert (said["name"], said["num_warps"], said["shared"]) == ("kernel", 3, shared_bytes(text))
+    assert Path(files["kernel.cubin"]).read_bytes()[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+def test_what_nvrtc_refuses_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.cu"
+    path.write_text("not C++")
+    made = Job(
+        str(path), "not C++", dtype_pointers(["bfloat16"]), ("cuda", 90, 32), {"num_warps": 1}, True, 0
+    )
+    with pytest.raises(CompileError, match="NVRTC cannot compile a kernel"):
+        compiled(made, 60)
+    with pytest.raises(CompileError, match="for NVIDIA's GPUs, not for hip"):
+        compiled(replace(made, target=("hip", "gfx942", 64)), 60)

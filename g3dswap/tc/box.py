@@ -1,0 +1,153 @@
+"""The part of a tensor that a GPU program copies to shared memory: its extents, its order, its pitches.
+
+Along each dimension a program reads `base + x`, with a base of its own and x in [0, span) for all of its
+threads and loops.  The box holds all x; where the tensor has no element it holds zero, so that reads need no
+guard.  Its innermost dimension is one along which a fragment of the matrix unit has consecutive elements.
+Pitches are padded so that the rows which a warp reads at once lie in different banks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import ScheduleError
+from .cuda_text import CudaText
+from .linear import Linear
+from .nest import Access
+from .place import Env
+from .words import ITEM_BYTES
+
+WIDEST = 16
+"""Bytes that one copy of a thread brings, at most."""
+EIGHT = 8
+"""Elements of a row that a thread's part of `ldmatrix` has; it begins at a multiple of them."""
+PADS = 8
+"""Pads of a pitch that are compared, in steps of `EIGHT` elements."""
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension: in the tensor `base + x`, 0 <= x < span; in the box, x * pitch.
+
+    extent: of the tensor, None for the batch.  stride: of the tensor, in elements.
+    """
+
+    base: Linear
+    span: int
+    extent: int | None
+    stride: int
+    pitch: int = 0
+
+
+@dataclass(frozen=True)
+class Box:
+    """dims: as the tensor has them.  order: those longer than one, outermost in the box first.
+    along: those that fragments have consecutive elements of.
+    width: elements of one copy, along the innermost."""
+
+    tensor: str
+    dims: tuple[Dim, ...]
+    order: tuple[int, ...]
+    along: frozenset[int]
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Elements, gaps included."""
+        outer = self.dims[self.order[0]]
+        return outer.span * outer.pitch
+
+    def address(self, values: Sequence[Linear]) -> Linear:
+        """Where the element with these indices lies in the box."""
+        found = Linear()
+        for dim, value in zip(self.dims, values):
+            found = found + (value - dim.base) * dim.pitch
+        return found
+
+
+def box_of(
+    text: CudaText, access: Access, points: Iterable[Env], level: int, along: Callable[[str], bool]
+) -> Box:
+    """What a program reads of an access inside of a level, at these points of the unrolled loops.
+
+    along: whether a symbol belongs to the side that fragments have consecutive elements of.
+    Rows follow each other without gaps.  ScheduleError: the part is no box, or an index divides at run time.
+    """
+    spotter, outer = text.spotter, text.is_outer(level)
+    tensor = spotter.nest.tensor(access.tensor)
+    bases: list[Linear | None] = [None] * len(tensor.shape)
+    lows, highs = [math.inf] * len(tensor.shape), [-math.inf] * len(tensor.shape)
+    fragment: set[int] = set()
+    for point in points:
+        values = spotter.indices(access, point)
+        for d, value in enumerate(values or ()):
+            base = Linear(0, tuple(t for t in value.terms if outer(t[0])))
+            inner = value - base
+            if text.part(inner, *(f"v{i}" for i in range(level))).terms:
+                raise ScheduleError(f"{access} is read along lines that a program has a part of.")
+            if base != (bases[d] or base):
+                raise ScheduleError(f"{access} is read at places that move apart.")
+            bases[d] = base
+            low, high = inner.bounds(spotter.counts)
+            lows[d], highs[d] = min(lows[d], low), max(highs[d], high)
+            if any(along(symbol) for symbol, _ in inner.terms):
+                fragment.add(d)
+    dims = []
+    for d, (extent, stride) in enumerate(zip(tensor.shape, tensor.strides)):
+        found = bases[d]
+        if found is None:
+            raise ScheduleError(f"{access} reads nothing.")
+        dims.append(Dim(found + int(lows[d]), int(highs[d] - lows[d]) + 1, extent, stride))
+    order = sorted((d for d in range(len(dims)) if dims[d].span > 1), key=lambda d: -dims[d].stride)
+    if not order or not fragment:
+        raise ScheduleError(f"{access} has no side that lies in consecutive elements.")
+    if order[-1] not in fragment:  # it is turned around on its way to the box
+        order.sort(key=lambda d: d in fragment)
+    width = _width(dims, order[-1], ITEM_BYTES[tensor.dtype])
+    box = Box(access.tensor, tuple(dims), tuple(order), frozenset(fragment), width)
+    return pitched(box, [0] * (len(order) - 1), width)
+
+
+def _width(dims: Sequence[Dim], innermost: int, bytes_each: int) -> int:
+    """Elements of one copy: so many lie together in the tensor and in the box, and are in or out together."""
+    dim = dims[innermost]
+    if dim.stride != 1:
+        return 1
+    steps = [dim.extent or 0, dim.base.const, *(c for _, c in dim.base.terms)]
+    steps += [other.stride for other in dims if other is not dim and other.extent != 1]
+    width = WIDEST // bytes_each
+    while width > 1 and any(step % width for step in steps):
+        width //= 2
+    return width
+
+
+def pitched(box: Box, pads: Sequence[int], unit: int) -> Box:
+    """The box with its rows a multiple of `unit` elements apart, and so many units of padding at each level.
+
+    Not so where a row is shorter, and a fragment goes on in the next.
+    """
+    dims = list(box.dims)
+    pitch = 1
+    for place, d in enumerate(reversed(box.order)):
+        if place and (d not in box.along or pitch % unit == 0):
+            pitch = -(-pitch // unit) * unit + pads[place - 1] * unit
+        dims[d] = replace(dims[d], pitch=pitch)
+        span = dims[d].span
+        pitch *= span if place else -(-span // box.width) * box.width
+    return replace(box, dims=tuple(dims))
+
+
+def without_conflicts(box: Box, unit: int, conflicts: Callable[[Box], int]) -> Box:
+    """The box with those pads of its two innermost pitches that conflict least and take the least room."""
+    levels = len(box.order) - 1
+    best: tuple[int, int, Box] | None = None
+    for pads in itertools.product(range(PADS), repeat=min(2, levels)):
+        made = pitched(box, [*pads, *[0] * (levels - len(pads))], unit)
+        key = conflicts(made), made.size
+        if best is None or key < best[:2]:
+            best = (*key, made)
+    assert best is not None
+    return best[2]

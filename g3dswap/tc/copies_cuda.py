@@ -1,0 +1,147 @@
+"""Writes the copies from a tensor to its box in shared memory, each thread a few words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .box import WIDEST, Box, Dim
+from .cuda_text import CudaText
+from .linear import Linear
+from .words import ITEM_BYTES
+
+DECODED, NESTED, MOST_NESTED = 15, 6, 32
+"""Issue slots of a copy whose place is worked out, of one in an unrolled loop, and the most steps of that."""
+MOST_UNROLLED = 8
+
+
+@dataclass
+class _Run:
+    """A loop of a copy: its steps, how far each moves in the tensor and in the box, and what is to be tested.
+
+    width: how many steps one copy brings.
+    """
+
+    count: int
+    stride: int
+    pitch: int
+    tested: Dim | None
+    width: int = 1
+
+    @property
+    def steps(self) -> int:
+        return -(-self.count // self.width)
+
+    def goes_on(self, dim: Dim) -> bool:
+        """Whether a dimension begins where this loop ends."""
+        return dim.stride == self.count * self.stride and dim.pitch == self.count * self.pitch
+
+
+def write_copy(text: CudaText, box: Box, to: str, threads: int) -> None:
+    """Copy a box; `to` is the text of where it begins in shared memory."""
+    tensor = text.nest.tensor(box.tensor)
+    base = Linear()
+    for dim in box.dims:
+        base = base + dim.base * dim.stride
+    runs = _runs(text, box, base)
+    fixed = [
+        f"(unsigned)({text.form(dim.base)}) < {dim.extent}u"
+        for d, dim in enumerate(box.dims)
+        if d not in box.order and not _is_inside(text, dim)
+    ]
+    with text.block():
+        text.emit(f"u16* to = reinterpret_cast<u16*>({to});")
+        text.emit(f"const u16* from = {tensor.name} + ({text.form(base, kind='(i64)')});")
+        if fixed:
+            text.emit(f"const bool here = {' && '.join(fixed)};")
+        _write_loops(text, tensor.name, runs, threads, bool(fixed))
+
+
+def _write_loops(text: CudaText, tensor: str, runs: list[_Run], threads: int, fixed: bool) -> None:
+    inside = _goes_inside(runs, threads)
+    decoded = runs[:-1] if inside else runs
+    total = math.prod(run.steps for run in decoded)
+    text.emit(f"#pragma unroll {1 if inside else max(1, min(MOST_UNROLLED, total // threads))}")
+    with text.block(f"for (int e = thread; e < {total}; e += {threads})"):
+        rest = "e"
+        for place, run in enumerate(decoded):
+            scale = f" * {run.width}" if run.width > 1 else ""
+            if place == len(decoded) - 1:
+                text.emit(f"const int x{place} = {rest}{scale};")
+            else:
+                text.emit(
+                    f"const int x{place} = {rest} % {run.steps}{scale}, e{place} = {rest} / {run.steps};"
+                )
+                rest = f"e{place}"
+        if not inside:
+            _write_one(text, tensor, runs, fixed)
+            return
+        place, run = len(decoded), runs[-1]
+        text.emit("#pragma unroll")
+        with text.block(f"for (int x{place} = 0; x{place} < {run.count}; x{place} += {run.width})"):
+            _write_one(text, tensor, runs, fixed)
+
+
+def _goes_inside(runs: list[_Run], threads: int) -> bool:
+    """Whether the outermost loop goes inside: what its steps have in common is worked out once then."""
+    if len(runs) == 1 or runs[-1].steps > MOST_NESTED:
+        return False
+    within, last = math.prod(run.steps for run in runs[:-1]), runs[-1].steps
+    rounds, nested = -(-within * last // threads), -(-within // threads) * last
+    return nested * NESTED < rounds * DECODED
+
+
+def _write_one(text: CudaText, tensor: str, runs: list[_Run], fixed: bool) -> None:
+    tests = ["here"] if fixed else []
+    for place, run in enumerate(runs):
+        if run.tested is not None:
+            tests.append(f"(unsigned)({text.form(run.tested.base)} + x{place}) < {run.tested.extent}u")
+    text.emit(f"const bool some = {' && '.join(tests) or 'true'};")
+    to = " + ".join(f"x{place} * {run.pitch}" for place, run in enumerate(runs))
+    offset = " + ".join(f"x{place} * {run.stride}" for place, run in enumerate(runs))
+    source = f"some ? from + ({offset}) : {tensor}"
+    pair = next((run for run in runs if run.width > 1), None)
+    if pair is None or pair is runs[0]:
+        text.emit(f"copy<{runs[0].width * 2}>(to + ({to}), {source}, some);")
+    else:
+        text.emit(f"copy_pair(to + ({to}), {source}, {pair.stride}, some);")
+
+
+def _runs(text: CudaText, box: Box, base: Linear) -> list[_Run]:
+    """The loops of a copy, the nearest elements first, so that neighbouring threads read those.
+
+    Dimensions that are whole and follow each other in the tensor and in the box are one loop.
+    """
+    runs: list[_Run] = []
+    for d in sorted(box.order, key=lambda d: box.dims[d].stride):
+        dim = box.dims[d]
+        tested = None if _is_inside(text, dim) else dim
+        if runs and tested is runs[-1].tested is None and runs[-1].goes_on(dim):
+            runs[-1].count *= dim.span
+        else:
+            runs.append(_Run(dim.span, dim.stride, dim.pitch, tested))
+    first = runs[0]
+    if first.stride == first.pitch == 1:
+        first.width = box.width
+        steps = [first.count, base.const, *(factor for _, factor in base.terms)]
+        steps += [step for run in runs[1:] for step in (run.stride, run.pitch)]
+        widest = math.gcd(WIDEST // ITEM_BYTES[text.nest.tensor(box.tensor).dtype], *steps)
+        if first.tested is None and widest > first.width:
+            first.width = widest
+        return runs
+    for run in runs[1:]:  # what lies side by side in the box is far apart in the tensor
+        even = not any(step % 2 for step in (run.count, *(other.pitch for other in runs if other is not run)))
+        if run.pitch == 1 and run.tested is None and even:
+            run.width = 2
+    return runs
+
+
+def _is_inside(text: CudaText, dim: Dim) -> bool:
+    """Whether the tensor has all elements of a dimension of a box."""
+    if dim.extent is None:
+        return True
+    counts = text.spotter.counts
+    if any(symbol not in counts for symbol, _ in dim.base.terms):
+        return False
+    low, high = dim.base.bounds(counts)
+    return low >= 0 and high + dim.span <= dim.extent

@@ -1,0 +1,122 @@
+"""The lines of a CUDA C++ kernel: names of loop variables, linear forms, addresses and conditions as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from .linear import Linear
+from .nest import SIDE_BINDS, Nest
+from .place_nd import Spot, Spotter
+
+INDENT = "  "
+Names = Mapping[str, str]
+"""Of variables, where they do not go by their own."""
+
+
+class CudaText:
+    """Lines of a function, and expressions of one nest in them.
+
+    Variables of the grid and of loops go by their axis and place, those of a product's sides by the side.
+    """
+
+    def __init__(self, nest: Nest) -> None:
+        self.nest = nest
+        self.spotter = Spotter(nest)
+        self.lines: list[str] = []
+        self._indent = 1
+        self.names = {
+            f"v{i}": p.bind if p.bind in SIDE_BINDS else f"{p.axis.replace('*', '_')}_{i}"
+            for i, p in enumerate(nest.loops)
+        }
+        self.sides = {p.bind: f"v{i}" for i, p in enumerate(nest.loops) if p.bind in SIDE_BINDS}
+        self.grid = [i for i, p in enumerate(nest.loops) if p.bind == "grid"]
+
+    def emit(self, *lines: str) -> None:
+        self.lines += [INDENT * self._indent + line for line in lines]
+
+    @contextmanager
+    def block(self, head: str = "", end: str = "}") -> Iterator[None]:
+        self.emit(f"{head} {{".lstrip())
+        self._indent += 1
+        yield
+        self._indent -= 1
+        self.emit(end)
+
+    def count(self, i: int) -> str:
+        """How often a loop runs."""
+        count = self.nest.loops[i].count
+        return "batch" if count is None else str(count)
+
+    def decode(self, loops: Sequence[int], number: str, kind: str = "const int") -> None:
+        """Variables of these loops from the number of a step of all of them, the last the fastest."""
+        for place, i in enumerate(reversed(loops)):
+            name, count = self.names[f"v{i}"], self.count(i)
+            if place == len(loops) - 1:
+                self.emit(f"{kind} {name} = {number};")
+                break
+            self.emit(f"{kind} {name} = {number} % {count}, {name}_rest = {number} / {count};")
+            number = f"{name}_rest"
+
+    # Linear forms
+
+    def form(self, form: Linear, names: Names | None = None, kind: str = "") -> str:
+        """The text of a form; kind: a cast of each term."""
+        pieces = [
+            f"{kind}{self._symbol(symbol, names)}{f' * {factor}' if factor != 1 else ''}"
+            for symbol, factor in form.terms
+        ]
+        if form.const or not pieces:
+            pieces.append(str(form.const))
+        return " + ".join(pieces)
+
+    def _symbol(self, symbol: str, names: Names | None) -> str:
+        quotient = self.spotter.quotients.get(symbol)
+        if quotient is None:
+            return (names or {}).get(symbol, self.names[symbol])
+        # What is divided is never negative, and unsigned divisions by constants take fewer instructions.
+        return f"(int)((unsigned)({self.form(quotient.form, names)}) {quotient.op[0]} {quotient.number}u)"
+
+    def variables(self, symbol: str) -> frozenset[str]:
+        """The loop variables that a symbol is made of."""
+        quotient = self.spotter.quotients.get(symbol)
+        if quotient is None:
+            return frozenset((symbol,))
+        return frozenset().union(*(self.variables(inner) for inner, _ in quotient.form.terms))
+
+    def part(self, form: Linear, *chosen: str) -> Linear:
+        """The terms of a form that depend on these variables."""
+        return Linear(0, tuple(term for term in form.terms if self.variables(term[0]) & {*chosen}))
+
+    def is_outer(self, level: int) -> Callable[[str], bool]:
+        """Whether a symbol is made of loops outside of a level only."""
+        outer = {f"v{i}" for i in range(level)}
+        return lambda symbol: self.variables(symbol) <= outer
+
+    def along(self, form: Linear, side: str) -> list[int]:
+        """How far a form has moved at each step of a side."""
+        variable = self.sides[side]
+        part = self.part(form, variable)
+        steps = range(self.nest.lengths[side])
+        return [self.spotter.evaluate(part, {variable: step}) for step in steps]
+
+    def moves(self, values: Iterable[Linear], side: str, at: Iterable[int]) -> list[list[int]]:
+        """How far each index has moved at these steps of a side."""
+        variable = self.sides[side]
+        parts = [self.part(value, variable) for value in values]
+        return [[self.spotter.evaluate(part, {variable: step}) for part in parts] for step in at]
+
+    # Addresses in memory
+
+    def where(self, spot: Spot, names: Names | None = None, shift: str = "") -> str:
+        """The pointer to a spot; what belongs to the grid counts in 64 bits."""
+        outer = self.is_outer(len(self.grid))
+        far = Linear(0, tuple(term for term in spot.address.terms if outer(term[0])))
+        near = spot.address - far
+        return f"{spot.tensor}{shift} + ({self.form(far, names, '(i64)')}) + ({self.form(near, names)})"
+
+    def test(self, spot: Spot, names: Names | None = None) -> str:
+        """The condition under which a spot has an element ("": always)."""
+        tests = [f"(unsigned)({self.form(g.value, names)}) < {g.extent}u" for g in spot.guards]
+        tests += [f"({self.form(rest, names)}) % {number} == 0" for rest, number in spot.exact]
+        return " && ".join(tests)

@@ -1,0 +1,261 @@
+"""Fragments of a product's factors in shared memory: where they begin, and the text that loads them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from ..errors import ScheduleError
+from .box import EIGHT, Box, without_conflicts
+from .cuda_text import Names
+from .linear import Linear
+from .nest import Access
+from .place import Env
+from .program_cuda import COLS, DEEP, ROWS, Program
+from .words import WARP
+
+KEPT = 112
+"""Registers of a thread that fragments of the other factor may take; more are read again for each row."""
+BANKS = 32
+SAMPLE = 64
+"""Lines of a side by which the conflicts of a box are counted."""
+
+
+def _again(lines: Sequence[int], words: Sequence[int]) -> int:
+    """How often a bank is asked again where of eight lines at a time these words of four bytes are read."""
+    found = 0
+    for first in range(0, len(lines) - EIGHT + 1, EIGHT):
+        banks = [0] * BANKS
+        for word in {line + w for line in lines[first : first + EIGHT] for w in words}:
+            banks[word % BANKS] += 1
+        found += max(banks) - 1
+    return found
+
+
+def _conflicts(program: Program, values: Sequence[Linear], side: str, unit: int) -> Callable[[Box], int]:
+    """How often a bank is asked again by loads of the first lines along a side, of a box of these indices."""
+    lines = program.moves(values, side, range(min(SAMPLE, program.nest.lengths[side])))
+    elements = program.moves(values, "depth", range(0, EIGHT, 2))
+
+    def found(box: Box) -> int:
+        pitches = [dim.pitch for dim in box.dims]
+
+        def words(moves: Iterable[Sequence[int]]) -> list[int]:
+            return [sum(x * pitch for x, pitch in zip(step, pitches)) // 2 for step in moves]
+
+        return _again(words(lines), range(4) if unit == EIGHT else words(elements))
+
+    return found
+
+
+def laid_out(
+    program: Program, box: Box, access: Access, points: Sequence[Env], sides: tuple[str, str], unit: int
+) -> Linear | None:
+    """The address in the box at the first point, if fragments are units of elements that lie together.
+
+    sides: the one whose lines are read, and the one along which they have consecutive elements.
+    """
+    lines, elements = sides
+    addresses = [box.address(program.spotter.indices(access, point) or ()) for point in points]
+    first = addresses[0]
+    at = program.along(first, elements)
+    rest = first - program.part(first, program.sides[elements])
+    fits = (
+        all(
+            at[k] % unit == 0 and at[k : k + unit] == list(range(at[k], at[k] + unit))
+            for k in range(0, len(at), unit)
+        )
+        and not any(step % unit for step in program.along(rest, lines))
+        and not any(factor % unit for _, factor in (rest - program.part(rest, program.sides[lines])).terms)
+        and not any(address.const % unit for address in addresses)
+    )
+    return first if fits else None
+
+
+class RowFragments:
+    """Fragments of an image whose positions are the rows.
+
+    They come by `ldmatrix` where eight elements of a row lie together at a multiple of eight, else in pairs.
+    """
+
+    def __init__(self, program: Program, box: Box, points: Sequence[Env]) -> None:
+        self.program = program
+        values = program.spotter.indices(program.image, points[0]) or []
+        for unit in (EIGHT, 2):
+            made = without_conflicts(box, max(unit, box.width), _conflicts(program, values, "rows", unit))
+            address = laid_out(program, made, program.image, points, ("rows", "depth"), unit)
+            if address is not None:
+                self.box, self.unit = made, unit
+                self.row = program.part(address, program.sides["rows"])
+                self.at = program.along(address, "depth")
+                return
+        raise ScheduleError(f"fragments of {program.image} are not consecutive in shared memory.")
+
+    def begin(self, start: int) -> None:
+        """Say where the fragments of a tile of rows begin."""
+        program, rows = self.program, self.program.sides["rows"]
+        length = program.nest.lengths["rows"]
+
+        def row(lane: str) -> str:
+            number = f"tile * {ROWS} + {lane}"
+            return f"min({number}, {length - 1})" if length % ROWS else number
+
+        def begins(name: str) -> str:
+            return f"address(memory) + {start} + ({program.form(self.row, {rows: name})}) * 2"
+
+        if self.unit == EIGHT:
+            program.emit(f"const int row = {row('lane % 16')};", f"const u32 at = {begins('row')};")
+            for step in range(0, len(self.at), DEEP):
+                low, high = self.at[step] * 2, self.at[step + EIGHT] * 2
+                program.emit(f"const u32 at{step // DEEP} = at + (lane / 16 ? {high} : {low});")
+            return
+        for half in range(2):
+            program.emit(f"const int row{half} = {row(f'lane / 4 + {half * EIGHT}')};")
+            program.emit(f"const u32 start{half} = {begins(f'row{half}')};")
+        for step in range(0, len(self.at), EIGHT):
+            a, b, c, d = (self.at[step + 2 * j] * 2 for j in range(4))
+            program.emit(f"const u32 along{step // EIGHT} =")
+            program.emit(f"    lane & 2 ? (lane & 1 ? {d} : {c}) : (lane & 1 ? {b} : {a});")
+
+    def load(self, moved: Linear, step: int) -> None:
+        """Load a step of the depth; `moved` is how far it is from where the tile begins, in elements."""
+        offset = self.program.form(moved * 2)
+        if self.unit == EIGHT:
+            self.program.emit(f"matrices(a, at{step} + ({offset}));")
+            return
+        loads = itertools.product((2 * step, 2 * step + 1), range(2))
+        for i, (along, half) in enumerate(loads):
+            self.program.emit(f"a[{i}] = word(start{half} + along{along} + ({offset}));")
+
+
+class TapFragments:
+    """Fragments of the other factor, which lies in shared memory as it does in its tensor.
+
+    own: the loops inside that it depends on, the nearest elements last; their steps are its taps.
+    paired: two elements of a depth lie together, so that a fragment is read as it is; else they are laid out.
+    kept: each thread has registers for all of them.
+    """
+
+    def __init__(self, program: Program, raw: Box, begin: int) -> None:
+        self.program, self.begin = program, begin
+        spotter, nest = program.spotter, program.nest
+        values = spotter.indices(program.other, {})
+        assert values is not None
+        self.address = raw.address(values)
+        self.ties = spotter.ties(program.other, {})
+        inside = [
+            i
+            for i in (*program.serial, *program.unrolled)
+            if any(program.part(form, f"v{i}").terms for form in (self.address, *self.ties))
+        ]
+        steps = {i: abs(spotter.evaluate(program.part(self.address, f"v{i}"), {f"v{i}": 1})) for i in inside}
+        self.own = sorted(inside, key=lambda i: -steps[i])
+        self.taps = math.prod(nest.loops[i].count or 1 for i in self.own)
+        self.deep, self.cols = nest.lengths["depth"] // DEEP, nest.lengths["cols"] // COLS
+        self.pitch = self.deep * self.cols * WARP + 1  # neighbouring threads write to different banks
+        self.laid = 0
+        self.paired = self._is_paired()
+        registers = self.taps * self.deep * self.cols * 2
+        self.kept = not any(i in program.serial for i in self.own) and registers <= KEPT
+
+    def _is_paired(self) -> bool:
+        moves = self.program.along(self.address, "depth")
+        rest = self.address - self.program.part(self.address, self.program.sides["depth"])
+        together = all(a % 2 == 0 and b == a + 1 for a, b in zip(moves[::2], moves[1::2]))
+        even = rest.const % 2 == 0 and not any(factor % 2 for _, factor in rest.terms)
+        ties = [self.program.along(tie, "depth") for tie in self.ties]
+        return together and even and all(tie[::2] == tie[1::2] for tie in ties)
+
+    def _if_tied(self, value: str, names: Names | None = None) -> str:
+        test = " && ".join(f"({self.program.form(tie, names)}) == 0" for tie in self.ties)
+        return f"{test} ? {value} : 0" if test else value
+
+    def lay_out(self) -> None:
+        """Write fragments behind each other, each in the order of lanes."""
+        program = self.program
+        self.laid = program.take(self.taps * self.pitch * 8)
+        program.emit("arrived<1>();")
+        with program.block():
+            program.emit(f"const u16* from = reinterpret_cast<const u16*>(memory + {self.begin});")
+            program.emit(f"uint2* to = reinterpret_cast<uint2*>(memory + {self.laid});")
+            program.emit("#pragma unroll 2")
+            total = self.taps * (self.pitch - 1)
+            with program.block(f"for (int e = thread; e < {total}; e += {program.threads})"):
+                program.emit(f"const int tap = e % {self.taps}, place = e / {self.taps};")
+                if self.own:
+                    program.decode(self.own, "tap")
+                program.emit(f"const int owner = place % {WARP}, part = place / {WARP};")
+                program.emit(f"const int cols = part % {self.cols} * {COLS} + owner / 4;")
+                program.emit("u32 found[4];", "#pragma unroll")
+                with program.block("for (int j = 0; j < 4; ++j)"):
+                    program.emit(f"const int depth = part / {self.cols} * {DEEP} + owner % 4 * 2")
+                    program.emit(f"    + j % 2 + j / 2 * {EIGHT};")
+                    program.emit(f"found[j] = {self._if_tied(f'from[{program.form(self.address)}]')};")
+                program.emit(f"to[tap * {self.pitch} + place] =")
+                program.emit("    make_uint2(found[0] | found[1] << 16, found[2] | found[3] << 16);")
+
+    def keep(self) -> None:
+        """Read all fragments into registers."""
+        program = self.program
+        program.emit(f"u32 other[{self.taps}][{self.deep}][{self.cols}][2];", "#pragma unroll")
+        with program.block(f"for (int tap = 0; tap < {self.taps}; ++tap)"):
+            if self.paired and self.own:
+                program.decode(self.own, "tap")
+            for step, col in itertools.product(range(self.deep), range(self.cols)):
+                self._read(f"other[tap][{step}][{col}]", "tap", {}, step, col)
+
+    def load(self, point: Env, step: int, col: int) -> str:
+        """The name of a fragment, which is read if it is not kept."""
+        if self.kept:
+            return f"other[{self._tap(point)}][{step}][{col}]"
+        self._read("b", self._tap(point), {v: str(value) for v, value in point.items()}, step, col)
+        return "b"
+
+    def _read(self, to: str, tap: str, names: Names, step: int, col: int) -> None:
+        program = self.program
+        if not self.paired:
+            place = f"({tap}) * {self.pitch} + {(step * self.cols + col) * WARP} + lane"
+            program.emit(f"unpack({to}, reinterpret_cast<const uint2*>(memory + {self.laid})[{place}]);")
+            return
+        for half in range(2):
+            own = {
+                **names,
+                program.sides["depth"]: f"(lane % 4 * 2 + {step * DEEP + half * EIGHT})",
+                program.sides["cols"]: f"(lane / 4 + {col * COLS})",
+            }
+            found = f"word(address(memory) + {self.begin} + ({program.form(self.address, own)}) * 2)"
+            program.emit(f"{to}[{half}] = {self._if_tied(found, own)};")
+
+    def _tap(self, point: Env) -> str:
+        """The number of a point's tap."""
+        form = Linear()
+        for i in self.own:
+            digit = Linear(point[f"v{i}"]) if f"v{i}" in point else Linear(0, ((f"v{i}", 1),))
+            form = form * (self.program.nest.loops[i].count or 1) + digit
+        return self.program.form(form)
+
+
+class DepthFragments:
+    """Fragments of a factor whose positions are the depth, turned around as they are loaded.
+
+    side: along which eight elements lie together at a multiple of eight, rows of the image or columns.
+    """
+
+    def __init__(self, program: Program, box: Box, access: Access, side: str, points: Sequence[Env]) -> None:
+        self.program, self.access = program, access
+        values = program.spotter.indices(access, points[0]) or []
+        self.box = without_conflicts(box, max(EIGHT, box.width), _conflicts(program, values, "depth", EIGHT))
+        address = laid_out(program, self.box, access, points, ("depth", side), EIGHT)
+        if address is None:
+            raise ScheduleError(f"fragments of {access} are not consecutive in shared memory.")
+        self.line = program.part(address, program.sides["depth"])
+        self.chunks = [2 * at for at in program.along(address, side)[::EIGHT]]
+
+    def begins(self, place: str) -> str:
+        """Where the line of a place of the depth begins, from the box on."""
+        return f"({self.program.form(self.line, {self.program.sides['depth']: place})}) * 2"
+
+    def at(self, point: Env) -> int:
+        """How far the fragments of a point are from those of the first, in bytes."""
+        return self.box.address(self.program.spotter.indices(self.access, point) or ()).const * 2

@@ -1,0 +1,232 @@
+"""A cost model for CUDA C++ kernels that are matrix products of an image in shared memory.
+
+A program copies its part of the image, lays out or copies the other factor, multiplies and writes.  What
+decides is either how long one program takes from its first load to its last store, of which few run at a
+time for want of shared memory or registers, or what all of them ask of a multiprocessor together (issue
+slots, matrix units, shared memory), or bytes.  The constants were fitted to 1600 kernels on an H100, of the
+three passes of depthwise 3x3x3 to 7x7x7 layers and of 4 to 32 channels a group; they explain times within a
+sixth, and of nearly all layers the fastest was among the best fifth by this model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .box import WIDEST
+from .footprint import LINE, accumulators_of, footprint, partials_of, runs_of, tile_of
+from .fragments_cuda import KEPT
+from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
+from .nest import Access, Nest
+from .program_cuda import COLS, DEEP, MOST_SHARED, ROWS
+from .roles import image_and_other, roles_of
+from .words import ITEM_BYTES, WARP
+
+CYCLES = 1.75e9
+LAUNCH, TOTAL = 4.5e-6, 8e-6
+"""Seconds of a launch, and of the second stage of a split reduction."""
+BANDWIDTH = 2.5e12
+"""Bytes of memory in a second."""
+L2 = 3.7e12
+"""Bytes of the L2 cache in a second, which what neighbouring programs copy twice comes from."""
+ARRIVAL = 2.1e-6
+"""Seconds until a program's copies have arrived and its warps have met."""
+MATRIX = 2.3
+"""Cycles of a multiprocessor for one product of fragments."""
+CHAIN = 18.0
+"""Cycles between two products of one warp for the same sum."""
+COPY, LAID = 11.6, 8.4
+"""Issue slots of a warp's copy of one word, and of one element that is laid out."""
+PRODUCT = 1.3
+"""Issue slots of a product of fragments."""
+SCATTER = 2.0
+"""Trips to the L1 cache for a warp's load of elements that are laid out."""
+STORE, ADDED = 13.0, 6.0
+"""Issue slots of a warp for storing a fragment's results, and for adding one to those of other warps."""
+IN_FLIGHT, LATENCY = 12, 1200.0
+"""Where copies are of single elements: how many of a thread are loaded at once, and the cycles of that."""
+SECTOR = 32
+"""Bytes that come from memory together."""
+SHARED = 228 * 1024
+"""Bytes of shared memory of a multiprocessor."""
+PADDED = 1.15
+"""Of a box's elements, with the padding between its rows."""
+OWN, HOPELESS = 40, 330
+"""Registers of a thread beside sums and fragments, and how many are far too many."""
+WHOLE_WAVES = 4
+"""Fewer waves of programs than these end together."""
+OVERLAP = 0.87
+"""Of the second largest of the times, what the largest one does not hide."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a program copies of a factor at a time: elements, those of one copy, those that lie together."""
+
+    elements: int
+    width: int
+    together: int
+    size: int
+
+    @property
+    def bytes(self) -> float:
+        """Of the sectors that hold them."""
+        return self.elements * self.size * max(1.0, SECTOR / (self.together * self.size))
+
+    @property
+    def copies(self) -> float:
+        """Instructions of a warp."""
+        return self.elements / self.width / WARP
+
+    def waits(self, threads: int) -> float:
+        """How often a thread waits for loads, which copies of single elements are."""
+        return self.elements / (threads * IN_FLIGHT) if self.width == 1 else 0.0
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a program needs and does.
+
+    shared: bytes; registers: of a thread; busy: warps that multiply; slots: issue slots of all warps;
+    products: of fragments; trips: of warps to shared memory and the L1 cache; chain: products of the same
+    sums that follow each other in one warp; arrivals: waits for copies; waits: for loads; copied: bytes.
+    """
+
+    shared: float
+    registers: int
+    busy: int
+    slots: float
+    products: float
+    trips: float
+    chain: float
+    arrivals: int
+    waits: float
+    copied: float
+
+
+def cost(nest: Nest, warps: int, buffers: int = 1, batch: int = 4) -> float:
+    """Estimated seconds of a scheduled nest, run by programs of so many warps; infinite if none fits."""
+    programs, runs = runs_of(nest, batch)
+    work = _rows(nest, warps, runs) if roles_of(nest).along else _depth(nest, warps, runs, buffers)
+    if work.shared > MOST_SHARED or work.registers > HOPELESS:
+        return math.inf
+    threads = min(MOST_REGISTERS, work.registers) * WARP * warps
+    resident = max(1, min(MOST_WARPS // warps, int(SHARED / (work.shared + 1024)), REGISTERS // threads))
+    waves = max(1.0, programs / (PROCESSORS * resident))
+    if waves < WHOLE_WAVES:
+        waves = math.ceil(waves)
+    busy = min(4, work.busy)
+    single = max(work.slots / busy, work.products * MATRIX * 4 / busy, work.trips, work.chain * CHAIN)
+    alone = waves * (work.arrivals * ARRIVAL + (single + work.waits * LATENCY) / CYCLES)
+    each = max(work.slots / 4, work.products * MATRIX, work.trips)
+    together = programs / PROCESSORS * each / CYCLES
+    memory = max(_bytes(nest, batch) / BANDWIDTH, programs * work.copied / L2)
+    *_, second, first = sorted((alone, together, memory))
+    spilled = max(1.0, work.registers / MOST_REGISTERS) ** 2
+    launches = LAUNCH + (TOTAL if partials_of(nest, batch) > 1 else 0.0)
+    return launches + spilled * (first + OVERLAP * second)
+
+
+def _bytes(nest: Nest, batch: int) -> float:
+    """Of all tensors, and of partial results, which are written and read."""
+    whole = sum(math.prod(e or batch for e in t.shape) * ITEM_BYTES[t.dtype] for t in nest.tensors)
+    shape = nest.tensor(nest.output.tensor).shape[len(nest.replicas) :]
+    return whole + 2 * 4 * math.prod(e or batch for e in shape) * partials_of(nest, batch)
+
+
+def _rows(nest: Nest, warps: int, runs: int) -> _Work:
+    image, other = image_and_other(nest)
+    tile, lengths = tile_of(nest), nest.lengths
+    rows, cols, deep = -(-lengths["rows"] // ROWS), lengths["cols"] // COLS, -(-lengths["depth"] // DEEP)
+    level = next(stage.level for stage in nest.stages if stage.tensor == image.tensor)
+    part = _part(nest, image, level)
+    outside = (p.count or 1 for p in nest.loops[level : nest.tile_start] if p.axis in other.axes)
+    taps = footprint(nest, other, tile).elements * math.prod(outside)
+    laid = taps * deep * cols * WARP * 4
+    kept = taps * deep * cols * 2 <= KEPT
+    sums, loads = (
+        accumulators_of(nest, tile) * cols,
+        runs * footprint(nest, image, tile).elements * deep * rows,
+    )
+    products = runs * tile.terms * rows * cols * deep
+    slots = part.copies * COPY + laid / WARP * LAID + products * PRODUCT + loads + sums * rows * STORE
+    return _Work(
+        shared=(part.elements * PADDED + laid) * part.size,
+        registers=OWN + sums * 4 + (taps * deep * cols * 2 if kept else 4),
+        busy=min(warps, rows),
+        slots=slots + (warps * taps * deep * cols if kept else 0),
+        products=products,
+        trips=loads * 4 + (0 if kept else products * 2) + laid / WARP * SCATTER + part.bytes / LINE,
+        chain=products / rows * -(-rows // warps) / sums,
+        arrivals=1,
+        waits=part.waits(warps * WARP),
+        copied=part.bytes,
+    )
+
+
+def _depth(nest: Nest, warps: int, runs: int, buffers: int) -> _Work:
+    factors = image_and_other(nest)
+    tile, lengths = tile_of(nest), nest.lengths
+    rows, cols, deep = -(-lengths["rows"] // ROWS), lengths["cols"] // COLS, -(-lengths["depth"] // DEEP)
+    parts = [_part(nest, factor, nest.tile_start) for factor in factors]
+    planes, others = (footprint(nest, factor, tile).elements for factor in factors)
+    sums = accumulators_of(nest, tile) * rows * cols
+    products, loads = runs * tile.terms * rows * cols * deep, runs * planes * rows * deep
+    copies = runs * sum(part.copies for part in parts)
+    copied = runs * sum(part.bytes for part in parts)
+    return _Work(
+        shared=max(sum(p.elements * p.size for p in parts) * PADDED * buffers, sums * 4 * WARP * 4),
+        registers=OWN + sums * 4 + others * cols * 2,
+        busy=min(warps, deep),
+        slots=copies * COPY + products * PRODUCT + loads + sums * 4 * warps * ADDED,
+        products=products,
+        trips=loads * 4 + runs * others * cols * deep * 2 + copied / LINE,
+        chain=products / deep * -(-deep // warps) / sums,
+        arrivals=1 if buffers > 1 else runs,
+        waits=runs * sum(part.waits(warps * WARP) for part in parts),
+        copied=copied,
+    )
+
+
+def _part(nest: Nest, access: Access, level: int) -> _Part:
+    """What the loops inside of a level read of an access."""
+    tensor = nest.tensor(access.tensor)
+    size = ITEM_BYTES[tensor.dtype]
+    spans = [
+        sum(abs(c) * (_inside(nest, a, level) - 1) for a, c in index.terms) // index.divisor + 1
+        for index in access.indices
+    ]
+    width, together = 1, 1
+    dims = zip(access.indices, spans, tensor.shape, tensor.strides)
+    for index, span, extent, stride in sorted(dims, key=lambda dim: dim[3]):
+        if stride == 1 and span > 1:
+            moves = [c * _inside(nest, a, level) for a, c in index.terms if _is_outside(nest, a, level)]
+            steps = (index.offset, extent or 0, *moves)
+            width = next(
+                w for w in (8, 4, 2, 1) if w * size <= WIDEST and w <= span and not any(s % w for s in steps)
+            )
+        if stride == together:
+            together *= span
+    return _Part(math.prod(spans), width, together, size)
+
+
+def _is_outside(nest: Nest, axis: str, level: int) -> bool:
+    """Whether an axis has steps outside of a level."""
+    fused = nest.fusion_of(axis)
+    names = (axis, fused.name) if fused else (axis,)
+    return any(p.axis in names and p.count != 1 for p in nest.loops[:level])
+
+
+def _inside(nest: Nest, axis: str, level: int) -> int:
+    """How many values of an axis the loops inside of a level run over."""
+    own = math.prod(p.count or 1 for p in nest.loops[level:] if p.axis == axis)
+    fused = nest.fusion_of(axis)
+    if fused is None:
+        return own
+    steps = math.prod(p.count or 1 for p in nest.loops[level:] if p.axis == fused.name)
+    for part, extent in zip(reversed(fused.parts), reversed(fused.extents)):
+        here = steps if part == fused.parts[0] else min(steps, extent)
+        if part == axis:
+            return own * here
+        steps = -(-steps // here)
+    return own

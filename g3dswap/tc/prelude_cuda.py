@@ -1,0 +1,103 @@
+"""What every printed CUDA C++ kernel begins with: copies to shared memory, and fragments of the matrix unit.
+
+A warp's fragment of a 16x16 operand has in each lane the pairs (row, k) .. (row, k + 1) of rows lane / 4 and
+lane / 4 + 8 and of k = 2 * (lane % 4) and that plus 8; of a 16x8 result, the same of two columns (PTX ISA,
+"Matrix fragments for mma.m16n8k16").  `ldmatrix` takes from each lane where eight elements of a row begin.
+"""
+
+MEMORY = "extern __shared__ __align__(128) unsigned char memory[];"
+
+PRELUDE = r"""
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+static __device__ __forceinline__ float widen(float x) { return x; }
+static __device__ __forceinline__ void narrow(float* p, float x) { *p = x; }
+static __device__ __forceinline__ void narrow2(float* p, float x, float y) {
+  *reinterpret_cast<float2*>(p) = make_float2(x, y);
+}
+static __device__ __forceinline__ void narrow(u16* p, float x) {
+  u16 y;
+  asm("cvt.rn.@TYPE@.f32 %0, %1;" : "=h"(y) : "f"(x));
+  *p = y;
+}
+static __device__ __forceinline__ void narrow2(u16* p, float x, float y) {
+  u32 both;
+  asm("cvt.rn.@TYPE@x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
+  *reinterpret_cast<u32*>(p) = both;
+}
+static __device__ __forceinline__ float widen(u16 x) {
+  @WIDEN@
+}
+
+static __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Copies so many bytes, or as many zeros; they are there behind `arrived`.
+template <int BYTES> static __device__ __forceinline__ void copy(void* to, const void* from, bool some) {
+  if constexpr (BYTES == 2) {
+    *static_cast<u16*>(to) = some ? *static_cast<const u16*>(from) : u16(0);
+  } else if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::
+                 "r"(address(to)), "l"(from), "r"(some ? 16 : 0) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::
+                 "r"(address(to)), "l"(from), "n"(BYTES), "r"(some ? BYTES : 0) : "memory");
+  }
+}
+// Copies an element and the one so far behind it, or zeros.
+static __device__ __forceinline__ void copy_pair(u16* to, const u16* from, int step, bool some) {
+  const u32 low = some ? from[0] : 0, high = some ? from[step] : 0;
+  *reinterpret_cast<u32*>(to) = low | high << 16;
+}
+// Ends a group of copies.
+static __device__ __forceinline__ void committed() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all threads' groups but the last so many have arrived.
+template <int GROUPS> static __device__ __forceinline__ void arrived() {
+  if constexpr (GROUPS == 0) asm volatile("cp.async.wait_all;" ::: "memory");
+  else asm volatile("cp.async.wait_group %0;" :: "n"(GROUPS) : "memory");
+  __syncthreads();
+}
+
+static __device__ __forceinline__ u32 word(u32 at) {
+  u32 found;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(found) : "r"(at));
+  return found;
+}
+static __device__ __forceinline__ void matrices(u32 (&to)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at));
+}
+static __device__ __forceinline__ void transposed(u32 (&to)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at));
+}
+static __device__ __forceinline__ void transposed(u32 (&first)[2], u32 (&second)[2], u32 at) {
+  u32 both[4];
+  transposed(both, at);
+  first[0] = both[0], first[1] = both[1], second[0] = both[2], second[1] = both[3];
+}
+static __device__ __forceinline__ void unpack(u32 (&to)[2], uint2 both) { to[0] = both.x, to[1] = both.y; }
+static __device__ __forceinline__ void transposed(u32 (&to)[2], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(to[0]), "=r"(to[1]) : "r"(at));
+}
+static __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.@TYPE@.@TYPE@.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+"""
+
+_TYPES = {
+    "bfloat16": ("bf16", "return __uint_as_float((u32)x << 16);"),
+    "float16": ("f16", 'float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y;'),
+}
+
+
+def prelude_cuda(dtype: str) -> str:
+    """The prelude for factors of a half type."""
+    name, widen = _TYPES[dtype]
+    return PRELUDE.replace("@TYPE@", name).replace("@WIDEN@", widen)

@@ -1,0 +1,98 @@
+"""Prints a scheduled nest that is a matrix product as CUDA C++, with its image in shared memory.
+
+Triton gives a program no addresses in shared memory, so that a tile which is read at many shifts is loaded,
+and laid out for the matrix unit, once for each of them.  Here a program copies what it reads of the image
+once, and every shift is a constant in the address of a fragment.
+"""
+
+from __future__ import annotations
+
+from ..errors import ScheduleError
+from .depth_cuda import DepthProgram
+from .nest import SIDE_BINDS, Nest
+from .prelude_cuda import MEMORY, prelude_cuda
+from .program_cuda import COLS, MOST_SHARED, Program
+from .roles import image_and_other
+from .rows_cuda import RowsProgram
+from .schedule import Schedule
+from .words import ITEM_BYTES
+
+SHARED = "// bytes of shared memory: "
+
+
+def is_cuda(schedule: Schedule) -> bool:
+    """Whether a GPU's kernel is printed as CUDA C++: Triton has no stages."""
+    return bool(schedule.stage)
+
+
+def shared_bytes(source: str) -> int:
+    """How much shared memory a printed kernel is to be launched with."""
+    return int(source.split(SHARED, 1)[1].split("\n", 1)[0])
+
+
+def print_cuda(nest: Nest, warps: int, buffers: int = 1) -> str:
+    """The source text of one function, ``kernel(operands..., out, batch)``, for programs of so many warps.
+
+    buffers: of what is copied in a loop; with two, the next is on its way while one is multiplied.
+    It is to be launched on one program for each step of the grid loops, in one dimension.
+
+    ScheduleError: the schedule has no meaning for this target (no product of half types, no image in shared
+    memory, sides that are no multiple of a fragment's, fragments that are not consecutive, ...).
+    """
+    _check(nest)
+    program: Program = (
+        DepthProgram(nest, warps, buffers) if _sums_positions(nest) else RowsProgram(nest, warps)
+    )
+    program.place_in_grid()
+    program.write()
+    if program.shared > MOST_SHARED:
+        raise ScheduleError(f"{program.shared} bytes of shared memory, of {MOST_SHARED}; use fewer rows.")
+    kinds = {tensor.name: "u16" for tensor in nest.tensors}
+    result = nest.output.tensor
+    if nest.partial_counts:
+        kinds[result] = "float"
+    parameters = [f"const {kinds[name]}* __restrict__ {name}" for name in nest.operands]
+    parameters += [f"{kinds[result]}* __restrict__ {result}", "int batch"]
+    return "\n".join(
+        [
+            *(f"// {line}" for line in str(nest).splitlines()),
+            f"{SHARED}{program.shared}",
+            prelude_cuda(nest.tensors[0].dtype),
+            f'extern "C" __global__ void __launch_bounds__({program.threads})',
+            f"kernel({', '.join(parameters)}) {{",
+            f"  {MEMORY}",
+            "  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;",
+            *program.lines,
+            "}",
+            "",
+        ]
+    )
+
+
+def _sums_positions(nest: Nest) -> bool:
+    """Whether the depth runs along the image's positions: the other factor has the batch, as no kernel."""
+    _, other = image_and_other(nest)
+    return any(nest.axis(name).extent is None for name in other.axes)
+
+
+def _check(nest: Nest) -> None:
+    """The rules of this target."""
+    dtype, lengths = nest.tensors[0].dtype, nest.lengths
+    sides = [p.bind for p in nest.loops if p.bind in SIDE_BINDS]
+    if sorted(sides) != sorted(SIDE_BINDS) or any(p.bind == "lanes" for p in nest.loops):
+        raise ScheduleError(
+            f"a product in shared memory has one loop each of rows, cols and depth, not {sides}."
+        )
+    if ITEM_BYTES[dtype] != 2 or len(nest.factors) != 2:
+        raise ScheduleError(
+            f"fragments are of two factors of a half type, not {len(nest.factors)} of {dtype}."
+        )
+    if nest.pointwise:
+        raise ScheduleError(f"{nest.name} has functions of its result, which this target has not.")
+    if lengths["cols"] % COLS:
+        raise ScheduleError(f"{lengths['cols']} cols are no multiple of {COLS}.")
+    staged = {stage.tensor for stage in nest.stages}
+    image, other = image_and_other(nest)
+    wanted = {image.tensor, *([other.tensor] if _sums_positions(nest) else [])}
+    if staged != wanted:
+        raise ScheduleError(f"a product in shared memory stages {sorted(wanted)}, not {sorted(staged)}.")

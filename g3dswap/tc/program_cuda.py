@@ -1,0 +1,139 @@
+"""A program of a CUDA C++ kernel: its place in the grid, its shared memory, its results."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from ..errors import ScheduleError
+from .box import Box
+from .copies_cuda import write_copy
+from .cuda_text import CudaText, Names
+from .nest import Nest
+from .place import Env
+from .place_nd import Spot
+from .roles import image_and_other
+from .words import WARP
+
+ROWS, COLS, DEEP = 16, 8, 16
+"""Of one product of the matrix unit."""
+MOST_SHARED = 227 * 1024
+"""Bytes of shared memory that a program can have, on an H100."""
+MOST_ACCUMULATORS = 216
+"""Registers of a thread that sums may take."""
+MOST_PRODUCTS = 4096
+"""Products of the unrolled code of a warp."""
+APART = 128
+"""Bytes that what is in shared memory begins at multiples of."""
+
+Key = tuple[int, ...]
+
+
+class Program(CudaText):
+    """What both forms of a product in shared memory have in common.
+
+    serial, unrolled: the loops inside, those of one step left out.
+    """
+
+    def __init__(self, nest: Nest, warps: int) -> None:
+        super().__init__(nest)
+        self.warps, self.threads = warps, warps * WARP
+        self.image, self.other = image_and_other(nest)
+        self.serial = [i for i, p in enumerate(nest.loops) if p.bind == "serial" and p.count != 1]
+        self.unrolled = [i for i, p in enumerate(nest.loops) if p.bind == "unroll" and i >= nest.tile_start]
+        self.result = nest.tensor(nest.output.tensor)
+        self.shared = 0
+
+    def write(self) -> None:
+        """Write the function's body."""
+        raise NotImplementedError
+
+    def place_in_grid(self) -> None:
+        """Loop variables of the grid, and the number of this program's partial result."""
+        real = [i for i in self.grid if self.nest.loops[i].count != 1]
+        if real:
+            self.decode(real, "blockIdx.x")
+        partial = "0"
+        for i in self.nest.partial_loops:
+            partial = f"({partial}) * {self.count(i)} + {self.names[f'v{i}'] if i in real else 0}"
+        if self.nest.partial_loops:
+            self.emit(f"const i64 partial = {partial};")
+
+    def copy(self, box: Box, to: str) -> None:
+        """Copy a box to shared memory, as a group of copies of its own."""
+        write_copy(self, box, to, self.threads)
+        self.emit("committed();")
+
+    def emit_if(self, test: str, statement: str) -> None:
+        self.emit(f"if ({test}) {statement}" if test else statement)
+
+    def take(self, size: int) -> int:
+        """Where so many bytes of shared memory begin."""
+        start = self.shared
+        self.shared += -(-size // APART) * APART
+        return start
+
+    # The unrolled loops
+
+    def points(self) -> list[Env]:
+        """Every point of the unrolled loops."""
+        counts = [range(self.nest.loops[i].count or 1) for i in self.unrolled]
+        return [dict(zip((f"v{i}" for i in self.unrolled), step)) for step in itertools.product(*counts)]
+
+    def terms(self) -> list[Env]:
+        """The points at which both factors have elements."""
+        factors = self.image, self.other
+        return [p for p in self.points() if all(self.spotter.indices(f, p) is not None for f in factors)]
+
+    def key(self, point: Env) -> Key:
+        """Which sum a point of the unrolled loops adds to."""
+        return tuple(
+            point[f"v{i}"] for i in self.unrolled if not self.nest.is_reduce(self.nest.loops[i].axis)
+        )
+
+    def check_size(self, registers: int, products: int) -> None:
+        """ScheduleError: sums in so many registers of a thread or so many unrolled products are too much."""
+        if registers > MOST_ACCUMULATORS:
+            raise ScheduleError(f"sums in {registers} registers of {MOST_ACCUMULATORS}; unroll less.")
+        if products > MOST_PRODUCTS:
+            raise ScheduleError(f"{products} unrolled products are more than {MOST_PRODUCTS}; unroll less.")
+
+    # Results
+
+    def shift(self) -> str:
+        """How far this program's partial result lies behind the first."""
+        if not self.nest.partial_loops:
+            return ""
+        size = math.prod(e for e in self.result.shape if e is not None)
+        return f" + partial * {size}" + (" * batch" if None in self.result.shape else "")
+
+    def with_addends(self, value: str, point: Env, names: Names | None = None) -> str:
+        """A sum with what is added to it."""
+        for addend in self.nest.addends:
+            spot = self.spotter.spot(addend, point)
+            if spot is not None:
+                once = ["partial == 0"] if self.nest.partial_loops else []
+                tests = " && ".join([*once, *filter(None, [self.test(spot, names)])])
+                found = f"widen(*({self.where(spot, names)}))"
+                value += f" + ({tests} ? {found} : 0.0f)" if tests else f" + {found}"
+        return value
+
+    def is_paired(self, spot: Spot) -> bool:
+        """Whether an even column and the next one lie together, and are both there or neither."""
+        cols = self.along(spot.address, "cols")
+        rest = spot.address - self.part(spot.address, self.sides["cols"])
+        even = not spot.exact and rest.const % 2 == 0 and not any(factor % 2 for _, factor in rest.terms)
+        if not even or any(a % 2 or b != a + 1 for a, b in zip(cols[::2], cols[1::2])):
+            return False
+        for guard in spot.guards:
+            steps = self.along(guard.value, "cols")
+            others = guard.value - self.part(guard.value, self.sides["cols"])
+            pairs = list(zip(steps[::2], steps[1::2]))
+            whole = (
+                guard.extent % 2 == 0 and others.const % 2 == 0 and not any(f % 2 for _, f in others.terms)
+            )
+            if any(a != b for a, b in pairs) and not (
+                whole and all(a % 2 == 0 and b == a + 1 for a, b in pairs)
+            ):
+                return False
+        return True

@@ -1,0 +1,287 @@
+"""The matrix products worth trying for a nest in CUDA C++, whose image is read in shared memory.
+
+There every shift is a constant in an address, so that a product may be skewed along two axes, its rows be any
+number of whole lines, and a fragment of few channels be the patch of a block of positions.  Positions are the
+rows, or the depth in a gradient in the kernel; the sides of the kernel and windows of planes are unrolled.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from ..errors import ScheduleError
+from .box import WIDEST
+from .nest import Access, Nest
+from .print_cuda import print_cuda
+from .product import Packs, Product, Side, Skews, of_tiles, splits
+from .program_cuda import COLS, DEEP, MOST_ACCUMULATORS, ROWS
+from .roles import Roles, added, image_and_other, possible, roles_of, sides
+from .schedule import apply, rewritten
+from .skew import Skew, patch_name, shifted_by
+from .space_cpp import phases, reduces
+from .space_triton import Tile
+from .words import ITEM_BYTES
+
+FORMS = 6
+"""Ways to pack and skew that are compared."""
+TRIED = 3
+"""Products of a form that are printed to see whether any can be."""
+BLOCKS = (1, 2, 4, 8, 16)
+WORDS = (8, 4, 2, 1)
+MOST_COLS, MOST_DEPTH = 32, 128
+MULTIPLIED, COPIED = 1.8, 15 / 4 / 32
+"""Cycles of a multiprocessor for a product of fragments, and for a thread's copy of one word."""
+LINES = (1, 2, 4, 8, 16, 32)
+"""Lines of a program, beside those numbers that divide all of them."""
+PLACES = 24, 784
+"""Positions of a program, at least and at most."""
+APART = 1.6
+"""How many times as many positions the next choice has, where not all are compared."""
+WINDOWS = (1, 2, 4, 8)
+WARPS = (1, 2, 3, 4, 6, 8)
+FEW_WARPS = (2, 4, 8)
+PROGRAMS = 150, 400, 1200
+"""How many programs a split reduction is to give: each writes all of its sums."""
+PRODUCTS = 1024
+"""Products of the unrolled code of a warp."""
+
+Form = tuple[Packs, Skews]
+
+
+def families(nest: Nest) -> Iterator[tuple[list[Product], Callable[[Container[Tile]], Iterator[Product]]]]:
+    """For each way to pack and skew: every tile once, and all products of some tiles."""
+    if not possible(nest) or ITEM_BYTES[nest.tensors[0].dtype] > 2 or nest.pointwise:
+        return
+    for form in forms(nest):
+        found = products(nest, form, thorough=False)
+        first = list({product.tile: product for product in reversed(found)}.values())
+        yield first, partial(of_tiles, found)
+
+
+def forms(nest: Nest) -> list[Form]:
+    """What may be packed and skewed so that sides are whole fragments; those that multiply and copy least."""
+    roles = roles_of(nest)
+    channels, filters = (_steps(nest, axes) for axes in (roles.channels, roles.other))
+    found: list[Form] = []
+    if channels % DEEP == 0 and filters % COLS == 0:
+        found.append(((), ()))
+    for axis in _batches(nest):
+        for count in BLOCKS[1:]:
+            deep, wide = count * channels, count * filters
+            whole = deep % DEEP == 0 and wide % COLS == 0 and (nest.extent(axis) or 1) % count == 0
+            if whole and deep <= 2 * DEEP and wide <= MOST_COLS:
+                found.append((((axis, count),), ()))
+    if channels < DEEP:
+        found += [((), skews) for skews in _skewings(nest, roles, channels, filters)]
+    ranked = sorted((rank, form) for form in found if (rank := _rank(nest, form)) < math.inf)
+    printed = (form for _, form in ranked if _prints(nest, form))
+    return list(itertools.islice(printed, FORMS))
+
+
+def _prints(nest: Nest, form: Form) -> bool:
+    """Whether fragments of a form lie together: those of a small product do if those of any do."""
+    for product in sorted(
+        products(nest, form, thorough=False), key=lambda p: math.prod(n for _, n in p.sides.values())
+    )[:TRIED]:
+        schedule = product.schedule(nest)
+        try:
+            print_cuda(apply(nest, schedule), product.warps, product.stages)
+        except ScheduleError:
+            continue
+        return True
+    return False
+
+
+def _steps(nest: Nest, axes: Sequence[str]) -> int:
+    return math.prod(nest.extent(axis) or 1 for axis in axes)
+
+
+def _batches(nest: Nest) -> list[str]:
+    """The batch axis of both factors and the result that has steps, if there is one."""
+    image, other = image_and_other(nest)
+    shared = image.axes & other.axes & nest.output.axes
+    return [axis.name for axis in nest.axes if axis.name in shared and (axis.extent or 1) > 1][:1]
+
+
+def _skewings(nest: Nest, roles: Roles, channels: int, filters: int) -> Iterator[Skews]:
+    """Blocks of the last one or two positions; of equally deep patches, those that begin at wide words."""
+    shifted = ((axis, shifted_by(nest, axis)) for axis in roles.positions)
+    axes = [axis for axis, found in shifted if found is not None and (nest.extent(found[1]) or 1) > 1]
+    for own in (axes[-1:], axes[-2:])[: len(axes)]:
+        for counts in itertools.product(BLOCKS, repeat=len(own)):
+            wide = filters * math.prod(counts)
+            if wide > MOST_COLS or wide % COLS or (len(own) > 1 and min(counts) == 1):
+                continue
+            depths = set()
+            for word in WORDS:
+                skews = tuple(Skew(a, c, word if a == own[-1] else 1) for a, c in zip(own, counts))
+                try:
+                    whole = rewritten(nest, (), skews)
+                except ScheduleError:
+                    continue
+                deep = channels * _steps(whole, [patch_name(axis) for axis in own])
+                # A single patch may be read past its end.
+                fits = deep % DEEP == 0 or (len(own) == 1 and channels == 1)
+                if deep <= MOST_DEPTH and fits and deep not in depths:
+                    depths.add(deep)
+                    yield skews
+
+
+def _rank(nest: Nest, form: Form) -> float:
+    """Cycles for a result, about; infinite where nothing that is read lies together."""
+    try:
+        whole = rewritten(nest, *form)
+    except ScheduleError:
+        return math.inf
+    roles = roles_of(whole)
+    image, _ = image_and_other(whole)
+    tensor = whole.tensor(image.tensor)
+    near = next(
+        (i for i, s, e in zip(image.indices, tensor.strides, tensor.shape) if s == 1 and e != 1), None
+    )
+    # Of many channels that lie together, a program reads those of several groups.
+    channels = near is not None and not near.axes & {*roles.positions}
+    own = near is not None and bool(near.axes & {*roles.positions, *roles.channels})
+    if not all((roles.image, roles.other, roles.depth)) or not own:
+        return math.inf
+    deep, taps = _steps(whole, roles.channels), _steps(whole, sides(whole))
+    width = min(WIDEST // 2, deep if channels else max((skew.word for skew in form[1]), default=1))
+    copied = COPIED / width * _steps(nest, roles_of(nest).channels) / _steps(nest, roles_of(nest).other)
+    return taps * -(-deep // DEEP) * DEEP / (ROWS * DEEP * COLS) * MULTIPLIED + copied
+
+
+@functools.lru_cache(maxsize=64)
+def products(nest: Nest, form: Form, thorough: bool = True) -> list[Product]:
+    """The products of a nest that is packed and skewed in one way: all, or some of each tile."""
+    whole = rewritten(nest, *form)
+    roles = roles_of(whole)
+    if not all((roles.image, roles.other, roles.depth)):
+        return []
+    return list(_products(whole, roles, form, thorough))
+
+
+def _products(nest: Nest, roles: Roles, form: Form, thorough: bool) -> Iterator[Product]:
+    image, other = image_and_other(nest)
+    high, wide = _steps(nest, roles.channels), _steps(nest, roles.other)
+    channels = _by_step(nest, image, roles.channels), -(-high // DEEP) * DEEP
+    others = _by_step(nest, other, roles.other), wide
+    shares = [others]
+    if roles.along:  # programs may share filters
+        shares += [(others[0], wide // n) for n in (2, 4) if len(others[0]) == 1 and wide % (n * COLS) == 0]
+    taps = tuple((a, nest.extent(a) or 1) for a in sides(nest) if (nest.extent(a) or 1) > 1)
+    unrolled = [taps] if roles.along else [taps[start:] for start in range(min(3, len(taps) + 1))]
+    groups = _groups(nest, form) if roles.along else [()]
+    for place, outside in _places(nest, roles, thorough):
+        blocks = tuple((a, p) for a, p in phases(nest).items() if a in place[0])
+        choices = itertools.product(unrolled, _windows(nest, outside), groups, shares)
+        for own, window, group, share in choices:
+            tile = (*own, *window, *group, *blocks)
+            rows, depth = (place, channels) if roles.along else (channels, place)
+            if not _is_small(nest, tile, rows, share, depth, roles.along):
+                continue
+            most = -(-place[1] // ROWS)
+            for split in splits(nest, (rows, share, depth), tile, PROGRAMS) if not roles.along else [()]:
+                made = Product(rows, share, depth, *form, tile, split, 1, 1, 0, staged=True)
+                buffers = (1, 2) if not roles.along and made.loops(nest) else (1,)
+                for warps, stages in itertools.product(WARPS if thorough else FEW_WARPS, buffers):
+                    if warps <= most or warps == min(FEW_WARPS):
+                        yield replace(made, warps=warps, stages=stages)
+
+
+def _by_step(nest: Nest, access: Access, axes: Sequence[str]) -> tuple[str, ...]:
+    """Axes of more than one step, those last that are the nearest in memory."""
+    strides = nest.tensor(access.tensor).strides
+
+    def step(axis: str) -> int:
+        return min(abs(i.coefficient(axis)) * s for i, s in zip(access.indices, strides) if axis in i.axes)
+
+    return tuple(sorted((a for a in axes if (nest.extent(a) or 1) > 1), key=step, reverse=True)) or tuple(
+        axes[-1:]
+    )
+
+
+def _places(nest: Nest, roles: Roles, thorough: bool) -> Iterator[tuple[Side, str | None]]:
+    """Whole lines of the last one, two or three positions, and the position outside that has windows."""
+    shifted, split = added(image_and_other(nest)[0]), phases(nest)
+    long = [a for a in roles.positions if (nest.extent(a) or 1) > 1] or list(roles.positions[-1:])
+    for start in range(len(long)):
+        axes = tuple(long[start:])
+        first, *inner = (-(-(nest.extent(a) or 1) // split.get(a, 1)) for a in axes)
+        outside = next((a for a in reversed(long[:start]) if a in shifted), None)
+        last = 0
+        for lines in range(1, first + 1):
+            count = lines * math.prod(inner)
+            small = count < PLACES[0] and lines < first
+            near = not thorough and count < APART * last
+            if (first % lines == 0 or lines in LINES) and not small and not near and count <= PLACES[1]:
+                last = count
+                yield (axes, count), outside
+
+
+def _windows(nest: Nest, axis: str | None) -> list[Tile]:
+    if axis is None:
+        return [()]
+    steps = -(-(nest.extent(axis) or 1) // phases(nest).get(axis, 1))
+    return [((axis, count),) if count > 1 else () for count in WINDOWS if count < 2 * steps]
+
+
+def _groups(nest: Nest, form: Form) -> list[Tile]:
+    """Steps of the batch axis, where its few channels lie together with those of the next."""
+    image, _ = image_and_other(nest)
+    tensor, found = nest.tensor(image.tensor), [()]
+    near = [i for i, s, e in zip(image.indices, tensor.strides, tensor.shape) if s == 1 and e != 1]
+    if form[0] or not near or near[0].axes & {*roles_of(nest).positions}:
+        return list(found)
+    together = math.prod(nest.extent(a) or 1 for a in near[0].axes) * ITEM_BYTES[tensor.dtype]
+    return [
+        *found,
+        *(
+            ((axis, count),)
+            for axis in _batches(nest)
+            for count in (2, 4)
+            if together * count <= 2 * WIDEST and (nest.extent(axis) or 1) % count == 0
+        ),
+    ]
+
+
+def _is_small(nest: Nest, tile: Tile, rows: Side, cols: Side, depth: Side, along: bool) -> bool:
+    """Whether a warp's sums have registers, and its unrolled products are not too many."""
+    split = phases(nest)
+    sums = math.prod(count for axis, count in tile if not nest.is_reduce(axis))
+    sums *= math.prod(count for axis, count in split.items() if axis not in dict(tile))
+    high = 1 if along else rows[1] // ROWS
+    deep = depth[1] // DEEP if along else 1
+    taps = math.prod(count for axis, count in tile if nest.is_reduce(axis))
+    divided = math.prod(split.values())
+    wide = cols[1] // COLS
+    return (
+        sums * high * wide * 4 <= MOST_ACCUMULATORS and sums * high * wide * taps * deep <= PRODUCTS * divided
+    )
+
+
+def mutate(nest: Nest, product: Product, rng: random.Random) -> Product:
+    """A product of the same form that differs in a choice: positions, tile, split, warps or buffers."""
+    form = product.pack, product.skew
+    own = _choices(rewritten(nest, *form), product)
+    near = [p for choices, p in _described(nest, form) if sum(a != b for a, b in zip(own, choices)) == 1]
+    return rng.choice(near) if near else product
+
+
+@functools.lru_cache(maxsize=64)
+def _described(nest: Nest, form: Form) -> list[tuple[tuple[object, ...], Product]]:
+    """All products of a form, each with its choices."""
+    whole = rewritten(nest, *form)
+    return [(_choices(whole, product), product) for product in products(nest, form)]
+
+
+def _choices(nest: Nest, product: Product) -> tuple[object, ...]:
+    # A product of a schedule names all axes on the grid.
+    split = {(axis, steps) for axis, steps in product.split if reduces(nest, axis)}
+    sides = product.rows, product.cols, product.depth
+    return sides, product.tile, split, product.warps, product.stages

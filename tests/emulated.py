@@ -1,0 +1,258 @@
+"""Runs printed CUDA C++ without a GPU: every thread is a fiber, and a warp meets where lanes exchange data.
+
+The prelude is replaced by one for a C++ compiler.  Shared memory holds NaN before a program begins, so that
+what is read but never written shows in the result, and ends where the kernel says that it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from g3dswap.tc.kernel import Kernel
+from g3dswap.tc.launch import Entry
+from g3dswap.tc.nest import Nest
+from g3dswap.tc.prelude_cuda import MEMORY, prelude_cuda
+from g3dswap.tc.print_cuda import print_cuda, shared_bytes
+from g3dswap.tc.runtime_cpp import compiler
+from g3dswap.tc.runtime_triton import Programs
+from g3dswap.tc.schedule import Schedule, apply
+
+PRELUDE = r"""
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <ucontext.h>
+#include <vector>
+#define __global__
+#define __shared__
+#define __restrict__ __restrict
+#define __launch_bounds__(threads)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+using std::min;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+struct uint2 { u32 x, y; };
+static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+enum { MOST = @SHARED@, STACK = 256 * 1024 };
+alignas(128) unsigned char memory[MOST + 4096];
+
+struct Index { unsigned x; };
+static Index threadIdx, blockIdx;
+enum State { RUNS, AT_WARP, AT_BLOCK, DONE };
+struct Fiber { ucontext_t context; std::unique_ptr<char[]> stack; State state; u32 mail[6]; };
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static void wait_at(State state) {
+  Fiber& own = fibers[threadIdx.x];
+  own.state = state;
+  swapcontext(&own.context, &scheduler);
+}
+static Fiber& lane(int i) { return fibers[threadIdx.x / 32 * 32 + i]; }
+static void __syncthreads() { wait_at(AT_BLOCK); }
+
+static float widen(float x) { return x; }
+static float bits(u32 x) { float y; memcpy(&y, &x, 4); return y; }
+#if @HALF@
+static float widen(u16 x) { _Float16 y; memcpy(&y, &x, 2); return (float)y; }
+static u16 rounded(float x) { _Float16 y = (_Float16)x; u16 z; memcpy(&z, &y, 2); return z; }
+#else
+static float widen(u16 x) { return bits((u32)x << 16); }
+static u16 rounded(float x) {
+  u32 y;
+  memcpy(&y, &x, 4);
+  return x == x ? (u16)((y + 0x7fffu + ((y >> 16) & 1u)) >> 16) : (u16)0x7fc0u;
+}
+#endif
+static void narrow(float* p, float x) { *p = x; }
+static void narrow(u16* p, float x) { *p = rounded(x); }
+static void aligned(const void* p, uintptr_t bytes) {
+  if ((uintptr_t)p % bytes) { fprintf(stderr, "misaligned\n"); abort(); }
+}
+template <class T> static void narrow2(T* p, float x, float y) {
+  aligned(p, 2 * sizeof(T));
+  narrow(p, x);
+  narrow(p + 1, y);
+}
+static u32 address(const void* p) { return (u32)((const unsigned char*)p - memory); }
+static void inside(const void* p, int bytes) {
+  if ((const unsigned char*)p < memory || (const unsigned char*)p + bytes > memory + MOST) {
+    fprintf(stderr, "outside of shared memory\n");
+    abort();
+  }
+}
+template <int BYTES> static void copy(void* to, const void* from, bool some) {
+  aligned(to, BYTES);
+  aligned(from, some ? BYTES : 1);
+  inside(to, BYTES);
+  if (some) memcpy(to, from, BYTES); else memset(to, 0, BYTES);
+}
+static void copy_pair(u16* to, const u16* from, int step, bool some) {
+  aligned(to, 4);
+  inside(to, 4);
+  to[0] = some ? from[0] : 0;
+  to[1] = some ? from[step] : 0;
+}
+static void committed() {}
+template <int GROUPS> static void arrived() { __syncthreads(); }
+static u32 word(u32 at) {
+  inside(memory + at, 4);
+  aligned(memory + at, 4);
+  u32 found;
+  memcpy(&found, memory + at, 4);
+  return found;
+}
+template <int COUNT> static void exchange(u32 (&to)[COUNT], u32 at, bool turned) {
+  lane(threadIdx.x % 32).mail[0] = at;
+  wait_at(AT_WARP);
+  int own = threadIdx.x % 32;
+  for (int i = 0; i < COUNT; ++i)
+    for (int half = 0; half < 2; ++half) {
+      int row = own / 4, column = own % 4 * 2 + half;
+      if (turned) std::swap(row, column);
+      const unsigned char* begin = memory + lane(i * 8 + row).mail[0];
+      aligned(begin, 16);
+      inside(begin, 16);
+      u16 found;
+      memcpy(&found, begin + column * 2, 2);
+      to[i] = half ? to[i] | (u32)found << 16 : found;
+    }
+  wait_at(AT_WARP);
+}
+static void matrices(u32 (&to)[4], u32 at) { exchange(to, at, false); }
+template <int COUNT> static void transposed(u32 (&to)[COUNT], u32 at) { exchange(to, at, true); }
+static void transposed(u32 (&first)[2], u32 (&second)[2], u32 at) {
+  u32 both[4];
+  transposed(both, at);
+  first[0] = both[0], first[1] = both[1], second[0] = both[2], second[1] = both[3];
+}
+static void unpack(u32 (&to)[2], uint2 both) { to[0] = both.x, to[1] = both.y; }
+static void multiply(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  u32* mail = lane(threadIdx.x % 32).mail;
+  memcpy(mail, a, 16);
+  memcpy(mail + 4, b, 8);
+  wait_at(AT_WARP);
+  auto half = [](u32 pair, int k) { return widen((u16)(k % 2 ? pair >> 16 : pair)); };
+  int own = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k) {
+      int row = own / 4 + i / 2 * 8, column = own % 4 * 2 + i % 2;
+      u32 left = lane(row % 8 * 4 + k % 8 / 2).mail[row / 8 + k / 8 * 2];
+      u32 right = lane(column * 4 + k % 8 / 2).mail[4 + k / 8];
+      sum[i] += half(left, k) * half(right, k);
+    }
+  wait_at(AT_WARP);
+}
+"""
+
+FAULTS = {1: "threads wait for others that have ended", 2: "lanes of a warp are at different places"}
+LAUNCH = r"""
+static void** arguments;
+static void start() {
+  kernel(@ARGUMENTS@);
+  fibers[threadIdx.x].state = DONE;
+}
+extern "C" int launch(int programs, int threads, void** with) {
+  arguments = with;
+  for (int program = 0; program < programs; ++program) {
+    blockIdx.x = program;
+    memset(memory, 0xff, sizeof memory);
+    fibers = std::vector<Fiber>(threads);
+    for (int i = 0; i < threads; ++i) {
+      Fiber& made = fibers[i];
+      made.state = RUNS;
+      made.stack.reset(new char[STACK]);
+      getcontext(&made.context);
+      made.context.uc_stack.ss_sp = made.stack.get();
+      made.context.uc_stack.ss_size = STACK;
+      made.context.uc_link = &scheduler;
+      makecontext(&made.context, start, 0);
+    }
+    for (;;) {
+      int done = 0, waiting = 0;
+      for (int i = 0; i < threads; ++i) {
+        threadIdx.x = i;
+        if (fibers[i].state == RUNS) swapcontext(&scheduler, &fibers[i].context);
+        done += fibers[i].state == DONE;
+        waiting += fibers[i].state == AT_BLOCK;
+      }
+      if (done == threads) break;
+      if (waiting + done == threads) {
+        if (done) return 1;  // some threads wait for others that have ended
+        for (Fiber& each : fibers) each.state = RUNS;
+        continue;
+      }
+      for (int first = 0; first < threads; first += 32) {
+        int met = 0;
+        for (int i = 0; i < 32; ++i) met += fibers[first + i].state == AT_WARP;
+        if (met == 32) for (int i = 0; i < 32; ++i) fibers[first + i].state = RUNS;
+        else if (met) return 2;  // lanes of a warp are at different places
+      }
+    }
+  }
+  return 0;
+}
+"""
+
+
+class Emulated:
+    """Launches a scheduled nest's kernel on tensors of the CPU."""
+
+    def __init__(self, nest: Nest, schedule: Schedule, source: str) -> None:
+        self.programs = Programs(nest)
+        self.threads = 32 * schedule.hint("warps", 4)
+        self.launch = _library(_emulated(nest, source)).launch
+
+    def __call__(self, operands: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
+        number = ctypes.c_int(batch)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*operands, out)]
+        pointers.append(ctypes.cast(ctypes.byref(number), ctypes.c_void_p))
+        status = self.launch(self.programs(batch), self.threads, (ctypes.c_void_p * len(pointers))(*pointers))
+        assert status == 0, FAULTS[status]
+
+    def entry(self) -> Entry | None:
+        return None
+
+
+def emulated(nest: Nest, schedule: Schedule) -> Kernel:
+    """The kernel of a nest and a schedule; ScheduleError: it does not print."""
+    scheduled = apply(nest, schedule)
+    source = print_cuda(scheduled, schedule.hint("warps", 4), schedule.hint("stages", 1))
+    return Kernel(scheduled, schedule, source, Emulated(scheduled, schedule, source))
+
+
+def _emulated(nest: Nest, source: str) -> str:
+    """The printed kernel as C++ for this processor."""
+    dtype = nest.tensors[0].dtype
+    prelude = PRELUDE.replace("@SHARED@", str(shared_bytes(source)))
+    prelude = prelude.replace("@HALF@", str(int(dtype == "float16")))
+    assert prelude_cuda(dtype) in source and MEMORY in source
+    source = source.replace(prelude_cuda(dtype), prelude).replace(MEMORY, "")
+    parameters = re.search(r"\nkernel\((.*)\) \{", source)
+    assert parameters is not None
+    kinds = [part.rsplit(" ", 1)[0].replace("__restrict__", "") for part in parameters[1].split(", ")]
+    arguments = [f"({kind})arguments[{i}]" for i, kind in enumerate(kinds[:-1])]
+    arguments.append(f"*(int*)arguments[{len(arguments)}]")
+    return source + LAUNCH.replace("@ARGUMENTS@", ", ".join(arguments))
+
+
+@functools.cache
+def _library(text: str) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as place:
+        source, made = Path(place, "kernel.cpp"), Path(place, "kernel.so")
+        source.write_text(text)
+        command = [compiler(), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", str(source), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return ctypes.CDLL(str(made))

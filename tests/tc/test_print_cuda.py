@@ -1,0 +1,206 @@
+"""Products in shared memory as CUDA C++, emulated: right for any geometry that the space has products of."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from g3dswap.comprehensions import nest as nest_of
+from g3dswap.errors import ArgumentError, ScheduleError
+from g3dswap.problem import Geometry, Problem
+from g3dswap.tc.kernel import Kernel, build, show
+from g3dswap.tc.nest import Nest
+from g3dswap.tc.product import Product
+from g3dswap.tc.schedule import Schedule
+from g3dswap.tc.space_staged import families
+from tests.emulated import emulated
+from tests.geometries import TOLERANCE, Case, error, expected, operands
+
+PASSES = ("forward", "grad_input", "grad_weight")
+GEOMETRIES = {
+    "depthwise 7x7x7": Geometry(2, 2, 2, (3, 9, 12), (7, 7, 7), padding=(3, 3, 3)),
+    "depthwise 5x5x5": Geometry(3, 3, 3, (4, 6, 16), (5, 5, 5), padding=(2, 2, 2)),
+    "lines of odd length": Geometry(2, 2, 2, (3, 6, 11), (3, 3, 3), padding=(1, 1, 1)),
+    "four channels a group": Geometry(16, 16, 4, (4, 6, 8), (3, 3, 3), padding=(1, 1, 1)),
+    "sixteen channels a group": Geometry(32, 32, 2, (2, 7, 7), (3, 3, 3), padding=(1, 1, 1)),
+    "more filters than channels": Geometry(16, 32, 1, (2, 6, 6), (3, 3, 3), padding=(1, 1, 1)),
+    "32 channels a group": Geometry(32, 32, 1, (1, 4, 4), (3, 3, 3), padding=(1, 1, 1)),
+    "strided": Geometry(16, 16, 2, (4, 9, 12), (3, 3, 3), (2, 2, 2), (1, 1, 1)),
+    "dilated": Geometry(16, 16, 1, (3, 9, 9), (3, 3, 3), (1, 1, 1), (2, 2, 2), (2, 2, 2)),
+    "a multiplier": Geometry(4, 8, 4, (3, 6, 16), (3, 3, 3), padding=(1, 1, 1)),
+}
+
+
+def problem_of(direction: str, geometry: Geometry, layout: str = "contiguous", bias: bool = False) -> Problem:
+    return Problem(direction, geometry, torch.bfloat16, layout, bias=bias and direction == "forward")
+
+
+def products(nest: Nest) -> list[Product]:
+    """All that the space proposes for a nest."""
+    return [p for first, rest in families(nest) for p in rest({product.tile for product in first})]
+
+
+def check(case: Case, kernel: Kernel) -> None:
+    tensors, out = operands(case)
+    kernel(*tensors, out=out)
+    assert error(out, expected(case, tensors)) <= TOLERANCE[case.problem.dtype]
+
+
+def checked(case: Case, found: list[Product], most: int = 8) -> Kernel | None:
+    """The kernel of the first of these products that prints, which gave the right result."""
+    nest = nest_of(case.problem)
+    for product in found[:most]:
+        schedule = product.schedule(nest)
+        assert Product.of(schedule).schedule(nest) == schedule
+        assert Schedule.from_json(schedule.to_json()) == schedule
+        try:
+            kernel = emulated(nest, schedule)
+        except ScheduleError:
+            continue
+        check(case, kernel)
+        return kernel
+    return None
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Small problems of few and of many channels a group, most of which have products in shared memory."""
+
+    def three(values: list[int]) -> tuple[int, int, int]:
+        t, h, w = (draw(st.sampled_from(values)) for _ in range(3))
+        return t, h, w
+
+    shapes = [(1, 16), (2, 16), (1, 32), (4, 4), (2, 8), (3, 1), (16, 1), (2, 2), (1, 3)]
+    groups, channels = draw(st.sampled_from(shapes))
+    filters = draw(st.sampled_from([channels, channels, 2 * channels, 8]))
+    size = draw(st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(1, 12)))
+    try:
+        geometry = Geometry(
+            groups * channels, groups * filters, groups, size, three([1, 3, 3, 5]), three([1, 1, 1, 2]),
+            three([0, 1, 2]), three([1, 1, 1, 2]),
+        )  # fmt: skip
+    except ArgumentError:
+        assume(False)
+        raise
+    direction = draw(st.sampled_from(PASSES))
+    problem = Problem(
+        direction,
+        geometry,
+        draw(st.sampled_from([torch.bfloat16, torch.float16])),
+        draw(st.sampled_from(["contiguous", "channels_last_3d"])),
+        bias=direction == "forward" and draw(st.booleans()),
+    )
+    return Case(problem, draw(st.integers(1, 2)), draw(st.integers(0, 2**31)))
+
+
+@given(cases())
+@settings(max_examples=25, deadline=None)
+def test_random_geometries(case: Case) -> None:
+    found = products(nest_of(case.problem))
+    random.Random(case.seed).shuffle(found)
+    assume(checked(case, found) is not None)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("direction", PASSES)
+def test_each_kind_of_layer_has_products(direction: str, name: str, layout: str) -> None:
+    problem = problem_of(direction, GEOMETRIES[name], layout, bias=True)
+    found = products(nest_of(problem))
+    depthwise = problem.geometry.in_channels == problem.geometry.groups
+    few = name in ("strided", "dilated") and layout == "contiguous" and direction != "forward"
+    if not found:
+        # In channels_last_3d, neighbours of a single channel are other groups; some others have no fragments.
+        assert (
+            (depthwise and layout == "channels_last_3d")
+            or few
+            or (name == "strided" and direction == "grad_input")
+        )
+        return
+    random.Random(name + direction).shuffle(found)
+    assert checked(Case(problem, 2, 0), found, most=40) is not None
+
+
+def test_the_next_part_is_on_its_way_while_one_is_multiplied() -> None:
+    problem = problem_of("grad_weight", GEOMETRIES["depthwise 5x5x5"])
+    kernel = checked(Case(problem, 3, 1), [p for p in products(nest_of(problem)) if p.stages == 2], most=40)
+    assert kernel is not None
+    assert "fetch(step + 1)" in kernel.source and "step % 2" in kernel.source
+
+
+def test_partial_results_of_a_split_sum() -> None:
+    problem = problem_of("grad_weight", GEOMETRIES["sixteen channels a group"], "channels_last_3d")
+    found = [p for p in products(nest_of(problem)) if p.split == (("n", 1),)]
+    kernel = checked(Case(problem, 3, 2), found, most=40)
+    assert kernel is not None and kernel.partial_counts == (None,)
+
+
+@pytest.mark.parametrize("direction", ["forward", "grad_input"])
+def test_a_program_has_several_groups_whose_channels_lie_together(direction: str) -> None:
+    problem = problem_of(direction, GEOMETRIES["four channels a group"], "channels_last_3d")
+    found = [p for p in products(nest_of(problem)) if ("g", 4) in p.tile]
+    assert checked(Case(problem, 2, 3), found, most=40) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("direction", PASSES)
+def test_on_a_gpu(direction: str, layout: str, dtype: torch.dtype) -> None:
+    """What the emulation cannot show: instructions, copies that are under way, launches."""
+    rng = random.Random(f"{direction} {layout} {dtype}")
+    for geometry in GEOMETRIES.values():
+        problem = replace(problem_of(direction, geometry, layout, bias=True), dtype=dtype)
+        case, nest = Case(problem, 3, rng.randrange(1000)), nest_of(problem)
+        found = [p.schedule(nest) for p in products(nest)]
+        tensors, out = operands(case)
+        reference = expected(case, tensors)
+        for schedule in rng.sample(found, min(3, len(found))):
+            try:
+                kernel = build(nest, schedule, "triton")
+            except ScheduleError:
+                continue
+            result = out.cuda()
+            kernel(*(tensor.cuda() for tensor in tensors), out=result)
+            assert error(result.cpu(), reference) <= TOLERANCE[dtype]
+
+
+def test_the_image_is_copied_once_in_wide_words() -> None:
+    nest = nest_of(problem_of("forward", GEOMETRIES["depthwise 7x7x7"]))
+    product = next(p for p in products(nest) if p.skew and max(s.word for s in p.skew) == 4)
+    source = show(nest, product.schedule(nest), "triton")
+    assert source.count("copy<8>(") == 1  # of a line of 12, eight bytes at a time
+    assert "I + " not in source.split("committed();", 2)[2]  # and not read from memory after that
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    nest = nest_of(problem_of("forward", GEOMETRIES["sixteen channels a group"]))
+    product = next(p for p in products(nest) if p.rows[0] == ("h", "w") and dict(p.tile).get("t", 1) == 1)
+    schedule = product.schedule(nest)
+    emulated(nest, schedule)
+
+    def refused(changed: Schedule, message: str) -> None:
+        with pytest.raises(ScheduleError, match=message):
+            emulated(nest, changed)
+
+    def with_count(bind: str, count: int) -> Schedule:
+        digits = (replace(d, count=count) if d.bind == bind else d for d in schedule.digits)
+        return replace(schedule, digits=tuple(digits))
+
+    refused(with_count("cols", 12), "12 cols are no multiple of 8")
+    refused(with_count("depth", 24), "a depth of 24 is no multiple of 16")
+    refused(with_count("rows", 10), "along lines that a program has a part of")
+    refused(replace(schedule, stage=(("K", 5),)), r"stages \['I'\], not \['K'\]")
+    wide = nest_of(
+        replace(problem_of("forward", GEOMETRIES["sixteen channels a group"]), dtype=torch.float32)
+    )
+    with pytest.raises(ScheduleError, match="two factors of a half type, not 2 of float32"):
+        emulated(wide, schedule)
+    fused = nest_of(replace(problem_of("forward", GEOMETRIES["sixteen channels a group"]), activation="relu"))
+    with pytest.raises(ScheduleError, match="functions of its result"):
+        emulated(fused, schedule)
