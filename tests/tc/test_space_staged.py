@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from g3dswap.choice import problem_from_json
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.problem import Geometry, Problem
-from g3dswap.tc import compile_cuda, space
+from g3dswap.tc import compile_cuda, model_staged, space
 from g3dswap.tc.print_cuda import is_cuda
+from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space import Space
 from g3dswap.tc.space_staged import FORMS, families, forms
 from tests.tc.test_print_cuda import GEOMETRIES, PASSES, problem_of
+
+MEASURED = json.loads(Path(__file__).with_name("measured_staged.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -60,6 +66,27 @@ def test_only_half_types_and_neighbouring_channels() -> None:
     assert not list(families(nest_of(replace(half, activation="relu"))))
     apart = [form for form in forms(nest_of(problem_of("forward", layer, "channels_last_3d"))) if not form[0]]
     assert not apart  # what a program reads of one channel has no neighbours there
+
+
+def test_the_model_finds_the_fast_kernels_of_a_gpu() -> None:
+    """Among its first four of 14 is one of the fastest, and it knows how long the fast ones take."""
+    first, four, ratios = [], [], []
+    for layer in MEASURED["layers"]:
+        nest = nest_of(problem_from_json(layer["problem"]))
+        found = []
+        for text, microseconds in layer["kernels"]:
+            schedule = Schedule.from_json(text)
+            warps, buffers = schedule.hint("warps", 4), schedule.hint("stages", 1)
+            seconds = model_staged.cost(apply(nest, schedule), warps, buffers, layer["batch"])
+            found.append((seconds, microseconds))
+        ranked = [microseconds for _, microseconds in sorted(found)]
+        first.append(math.log(ranked[0] / min(ranked)))
+        four.append(math.log(min(ranked[:4]) / min(ranked)))
+        ratios += [abs(math.log(cost * 1e6 / real)) for cost, real in found if real < 1.5 * min(ranked)]
+    assert len(four) > 20
+    assert math.exp(sum(first) / len(first)) < 1.25
+    assert math.exp(sum(four) / len(four)) < 1.1
+    assert math.exp(sum(ratios) / len(ratios)) < 1.3
 
 
 def test_the_model_prefers_what_multiplies_less_and_copies_more_at_once() -> None:
