@@ -27,6 +27,7 @@ from g3dswap.tc.schedule import Schedule, apply
 
 PRELUDE = r"""
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -35,6 +36,8 @@ PRELUDE = r"""
 #include <ucontext.h>
 #include <vector>
 #define __global__
+#define __device__
+#define __forceinline__ inline
 #define __shared__
 #define __restrict__ __restrict
 #define __launch_bounds__(threads)

@@ -150,5 +150,5 @@ class DepthProgram(Program):
             if self.own:
                 self.emit(f"const int number = piece / {self.rows * self.cols};")
                 self.decode(self.own, "number")
-            value = self.with_addends("all[e]", {})
+            value = self.finished("all[e]", {})
             self.emit_if(self.test(spot), f"narrow({self.where(spot, None, self.shift())}, {value});")

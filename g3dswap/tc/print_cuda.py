@@ -10,6 +10,7 @@ from __future__ import annotations
 from ..errors import ScheduleError
 from .depth_cuda import DepthProgram
 from .nest import SIDE_BINDS, Nest
+from .pointwise_cuda import pointwise_cuda
 from .prelude_cuda import MEMORY, prelude_cuda
 from .program_cuda import COLS, MOST_SHARED, Program
 from .roles import image_and_other
@@ -58,6 +59,7 @@ def print_cuda(nest: Nest, warps: int, buffers: int = 1) -> str:
             *(f"// {line}" for line in str(nest).splitlines()),
             f"{SHARED}{program.shared}",
             prelude_cuda(nest.tensors[0].dtype),
+            pointwise_cuda(nest),
             f'extern "C" __global__ void __launch_bounds__({program.threads})',
             f"kernel({', '.join(parameters)}) {{",
             f"  {MEMORY}",
@@ -87,8 +89,6 @@ def _check(nest: Nest) -> None:
         raise ScheduleError(
             f"fragments are of two factors of a half type, not {len(nest.factors)} of {dtype}."
         )
-    if nest.pointwise:
-        raise ScheduleError(f"{nest.name} has functions of its result, which this target has not.")
     if lengths["cols"] % COLS:
         raise ScheduleError(f"{lengths['cols']} cols are no multiple of {COLS}.")
     staged = {stage.tensor for stage in nest.stages}

@@ -107,8 +107,8 @@ class Program(CudaText):
         size = math.prod(e for e in self.result.shape if e is not None)
         return f" + partial * {size}" + (" * batch" if None in self.result.shape else "")
 
-    def with_addends(self, value: str, point: Env, names: Names | None = None) -> str:
-        """A sum with what is added to it."""
+    def finished(self, value: str, point: Env, names: Names | None = None) -> str:
+        """A sum with what is added to it, and the functions of that."""
         for addend in self.nest.addends:
             spot = self.spotter.spot(addend, point)
             if spot is not None:
@@ -116,7 +116,7 @@ class Program(CudaText):
                 tests = " && ".join([*once, *filter(None, [self.test(spot, names)])])
                 found = f"widen(*({self.where(spot, names)}))"
                 value += f" + ({tests} ? {found} : 0.0f)" if tests else f" + {found}"
-        return value
+        return f"pointwise({value})" if self.nest.pointwise else value
 
     def is_paired(self, spot: Spot) -> bool:
         """Whether an even column and the next one lie together, and are both there or neither."""

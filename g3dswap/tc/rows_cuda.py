@@ -95,8 +95,8 @@ class RowsProgram(Program):
                     value = f"sum[{number}][{col}][half * 2"
                     with self.block():
                         self.emit(f"const int cols = {col * COLS} + lane % 4 * 2;")
-                        first = self.with_addends(f"{value}]", point)
-                        second = self.with_addends(f"{value} + 1]", point, following)
+                        first = self.finished(f"{value}]", point)
+                        second = self.finished(f"{value} + 1]", point, following)
                         if self.is_paired(spot):
                             self.emit_if(
                                 self.test(spot),

@@ -56,7 +56,7 @@ Form = tuple[Packs, Skews]
 
 def families(nest: Nest) -> Iterator[tuple[list[Product], Callable[[Container[Tile]], Iterator[Product]]]]:
     """For each way to pack and skew: every tile once, and all products of some tiles."""
-    if not possible(nest) or ITEM_BYTES[nest.tensors[0].dtype] > 2 or nest.pointwise:
+    if not possible(nest) or ITEM_BYTES[nest.tensors[0].dtype] > 2:
         return
     for form in forms(nest):
         found = products(nest, form, thorough=False)
