@@ -10,6 +10,8 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ..errors import ArgumentError, ScheduleError
 from . import (
     model_banded,
@@ -50,6 +52,9 @@ BANDED = 1.35
 
 A_FAMILY = {"cpp": 2, "triton": 6}
 """Most schedules of one family among the ranked ones, so that a wrong model cannot hide the right family."""
+
+CAPABLE = (8, 0)
+"""The compute capability that has what kernels in CUDA C++ use, such as products of bfloat16."""
 
 Tiled = space_triton.Point | Product
 
@@ -114,7 +119,7 @@ class Space:
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
         families = []
         every: list[tuple[Sequence[Tiled], Callable[[Container[Any]], Iterable[Tiled]]]]
-        spaces = (space_triton, space_product, space_banded, *([space_staged] if is_available() else []))
+        spaces = (space_triton, space_product, space_banded, *([space_staged] if has_cuda() else []))
         every = [family for space in spaces for family in space.families(self.nest)]
         for first, rest in every:
             compared = first[:: -(-len(first) // TILES)] if first else first
@@ -203,6 +208,12 @@ class Space:
         except ScheduleError:
             return False
         return True
+
+
+def has_cuda() -> bool:
+    """Whether kernels in CUDA C++ are worth trying: there is a compiler, and the GPU has the instructions."""
+    old = torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABLE
+    return torch.version.hip is None and not old and is_available()
 
 
 def _kind(schedule: Schedule) -> tuple[bool, ...]:

@@ -43,6 +43,14 @@ def test_the_interpreter_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compile_cuda.is_available()
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+def test_older_gpus_have_none(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(space, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert space.has_cuda() == (capability >= (8, 0))
+
+
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.usefixtures("with_nvrtc")
 def test_wide_bands_are_proposed_and_mutated(direction: str) -> None:
