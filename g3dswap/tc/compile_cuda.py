@@ -42,9 +42,7 @@ def cubin(text: str, arch: int) -> bytes:
     def call(function: Any, *args: Any) -> Any:
         status, *found = function(*args)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise CompileError(
-                f"NVRTC cannot compile a kernel: {function.__name__} says {status.name}{log()}"
-            )
+            raise CompileError(f"{function.__name__} says {status.name}{log()}")
         return found[0] if found else None
 
     def log() -> str:

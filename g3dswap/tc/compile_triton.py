@@ -109,7 +109,7 @@ def source(kernel: Any, types: Sequence[str]) -> Any:
 def compiled(job: Job, timeout: float) -> dict[str, str]:
     """The files of the compiled kernel, as a `CompiledKernel` of Triton takes them.
 
-    CompileError: Triton refuses it, or a worker died of it, or it took longer than `timeout` seconds
+    CompileError: its compiler refuses it, or a worker died of it, or it took longer than `timeout` seconds
     (the cause is then a TimeoutError).  What was compiled before, by any process, is only looked up.
     """
     name, place = job.name, folder()
@@ -133,18 +133,19 @@ def loaded(job: Job, files: dict[str, str]) -> Any:
 
 
 def _ask_worker(request: Message, timeout: float) -> None:
+    compiler = "Triton" if request["shared"] is None else "NVRTC"
     with _workers.places:
         worker = _workers.take()
         try:
             answer = worker.ask(request, timeout)
         except TimeoutError as error:
-            what = f"Triton took longer than {timeout:g} s for one kernel; it is left out."
+            what = f"{compiler} took longer than {timeout:g} s for one kernel; it is left out."
             raise CompileError(what) from error
         except ProcessError as error:
-            raise CompileError(f"Triton crashed on a kernel, which is left out: {error}") from error
+            raise CompileError(f"{compiler} crashed on a kernel, which is left out: {error}") from error
         _workers.give(worker)
     if "failed" in answer:
-        raise CompileError(f"Triton cannot compile a kernel: {answer['failed']}")
+        raise CompileError(f"{compiler} cannot compile a kernel: {answer['failed']}")
 
 
 def expect(kernels: int) -> None:
