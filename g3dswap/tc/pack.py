@@ -76,8 +76,12 @@ def packed(nest: Nest, axis: str, count: int) -> Nest:
 
 def image_of(nest: Nest) -> int:
     """Which factor is read at shifted positions: the first such, or the first of all if none is."""
-    shifted = (any(_is_shifted(index) for index in f.indices) for f in nest.factors)
-    return next((place for place, found in enumerate(shifted) if found), 0)
+    known: int | None = nest._by_name.get(("image", ""))
+    if known is None:  # a search asks a dozen times for each schedule
+        shifted = (any(_is_shifted(index) for index in f.indices) for f in nest.factors)
+        known = next((place for place, found in enumerate(shifted) if found), 0)
+        nest._by_name["image", ""] = known
+    return known
 
 
 def _is_shifted(index: Index) -> bool:

@@ -30,7 +30,8 @@ def sides(nest: Nest) -> list[str]:
     image, other = image_and_other(nest)
     batch = {a.name for a in nest.axes if a.extent is None}
     summed = not batch & other.axes  # the other factor is the kernel
-    return [a.name for a in nest.axes if a.name in added(image) - _patches(nest) and a.reduce == summed]
+    shifted = added(image) - _patches(nest)
+    return [a.name for a in nest.axes if a.name in shifted and a.reduce == summed]
 
 
 def added(access: Access) -> set[str]:
