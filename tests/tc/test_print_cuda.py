@@ -147,6 +147,14 @@ def test_a_program_has_several_groups_whose_channels_lie_together(direction: str
     assert checked(Case(problem, 2, 3), found, most=40) is not None
 
 
+@pytest.mark.parametrize("name", ["depthwise 5x5x5", "sixteen channels a group", "four channels a group"])
+def test_sides_of_the_kernel_may_be_loops(name: str) -> None:
+    problem = problem_of("grad_input", GEOMETRIES[name])
+    looped = [replace(p, tile=tuple(t for t in p.tile if t[0] != "kt")) for p in products(nest_of(problem))]
+    kernel = checked(Case(problem, 2, 5), looped, most=40)
+    assert kernel is not None and "for (int kt_" in kernel.source
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_functions_of_the_result(activation: str) -> None:
     plain = problem_of("forward", GEOMETRIES["four channels a group"], bias=True)
