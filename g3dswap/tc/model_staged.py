@@ -104,11 +104,14 @@ class _Work:
     copied: float
 
 
-def cost(nest: Nest, warps: int, buffers: int = 1, batch: int = 4) -> float:
-    """Estimated seconds of a scheduled nest, run by programs of so many warps; infinite if none fits."""
+def cost(nest: Nest, warps: int, buffers: int = 1, batch: int = 4, room: int = MOST_SHARED) -> float:
+    """Estimated seconds of a scheduled nest, run by programs of so many warps; infinite if none fits.
+
+    room: bytes of shared memory that a program can have.
+    """
     programs, runs = runs_of(nest, batch)
     work = _rows(nest, warps, runs) if roles_of(nest).along else _depth(nest, warps, runs, buffers)
-    if work.shared > MOST_SHARED or work.registers > HOPELESS:
+    if work.shared > room or work.registers > HOPELESS:
         return math.inf
     threads = min(MOST_REGISTERS, work.registers) * WARP * warps
     resident = max(1, min(MOST_WARPS // warps, int(SHARED / (work.shared + 1024)), REGISTERS // threads))

@@ -29,6 +29,7 @@ from .model_cpp import cost as cost_cpp
 from .nest import Nest
 from .print_cuda import is_cuda
 from .product import Product, is_product
+from .program_cuda import MOST_SHARED
 from .schedule import Digit, Schedule, apply
 from .source import source
 
@@ -80,7 +81,7 @@ class Space:
                 return cost_cpp(scheduled, self.threads)
             warps = schedule.hint("warps", 4)
             if is_cuda(schedule):
-                return model_staged.cost(scheduled, warps, schedule.hint("stages", 1))
+                return model_staged.cost(scheduled, warps, schedule.hint("stages", 1), room=shared_bytes())
             if schedule.skew and is_product(schedule):
                 ahead, across = schedule.hint("ahead", 0), schedule.hint("across", 0)
                 return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across))
@@ -214,6 +215,14 @@ def has_cuda() -> bool:
     """Whether kernels in CUDA C++ are worth trying: there is a compiler, and the GPU has the instructions."""
     old = torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABLE
     return torch.version.hip is None and not old and is_available()
+
+
+def shared_bytes() -> int:
+    """Bytes of shared memory that a program can have on the current GPU, or on an H100 without one."""
+    if not torch.cuda.is_available():
+        return MOST_SHARED
+    # Of a multiprocessor's, 1 KiB of each program is the system's.
+    return torch.cuda.get_device_properties().shared_memory_per_multiprocessor - 1024
 
 
 def _kind(schedule: Schedule) -> tuple[bool, ...]:

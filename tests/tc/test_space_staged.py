@@ -65,6 +65,15 @@ def test_wide_bands_are_proposed_and_mutated(direction: str) -> None:
     assert len(seen) > 10
 
 
+@pytest.mark.usefixtures("with_nvrtc")
+def test_what_does_not_fit_on_the_gpu_is_not_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    nest = nest_of(problem_of("forward", Geometry(8, 8, 8, (24, 24, 24), (5, 5, 5), padding=(2, 2, 2))))
+    schedule = next(s for s in Space(nest, "triton").ranked(64, random.Random(0)) if is_cuda(s))
+    monkeypatch.setattr(space, "shared_bytes", lambda: 4096)
+    assert Space(nest, "triton").cost(schedule) == math.inf
+    assert not any(map(is_cuda, Space(nest, "triton").ranked(64, random.Random(0))))
+
+
 def test_only_half_types_and_neighbouring_channels() -> None:
     layer = Geometry(32, 32, 32, (8, 16, 16), (3, 3, 3), padding=(1, 1, 1))
     half = problem_of("forward", layer)
