@@ -257,14 +257,21 @@ def _compile_cuda(job: Message) -> None:
     backend, arch, _ = job["target"]
     if backend != "cuda":
         raise CompileError(f"CUDA C++ kernels are for NVIDIA's GPUs, not for {backend}.")
-    names = [f"a{i}" for i in range(len(job["types"]) - 1)]
-    empty = Path(job["scratch"], "empty.py")
-    empty.write_text(EMPTY.format(", ".join([*names, "batch"])), encoding="utf-8")
-    warps = job["options"]["num_warps"]
-    _compile_triton({**job, "path": str(empty), "options": {"num_warps": 1}})
-    metadata = Path(job["scratch"], "kernel.json")
-    known = json.loads(metadata.read_text(encoding="utf-8"))
-    known.update(name="kernel", shared=job["shared"], num_warps=warps)
-    metadata.write_text(json.dumps(known), encoding="utf-8")
+    known = _said_of_an_empty_kernel(tuple(job["types"]), tuple(job["target"]))
+    own = {"name": "kernel", "shared": job["shared"], "num_warps": job["options"]["num_warps"]}
+    Path(job["scratch"], "kernel.json").write_text(json.dumps({**known, **own}), encoding="utf-8")
     text = Path(job["path"]).read_text(encoding="utf-8")
     Path(job["scratch"], f"kernel{SUFFIXES[backend]}").write_bytes(cubin(text, arch))
+
+
+@functools.cache
+def _said_of_an_empty_kernel(types: tuple[str, ...], target: tuple[str, Any, int]) -> dict[str, Any]:
+    """Triton's metadata of a kernel with arguments of these types."""
+    names = [*(f"a{i}" for i in range(len(types) - 1)), "batch"]
+    with tempfile.TemporaryDirectory() as scratch:
+        empty = Path(scratch, "empty.py")
+        empty.write_text(EMPTY.format(", ".join(names)), encoding="utf-8")
+        same = {"types": types, "target": target, "options": {"num_warps": 1}, "single": True}
+        _compile_triton({**same, "path": str(empty), "scratch": scratch})
+        known: dict[str, Any] = json.loads(Path(scratch, "kernel.json").read_text(encoding="utf-8"))
+    return known

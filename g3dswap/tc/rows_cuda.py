@@ -91,13 +91,14 @@ class RowsProgram(Program):
             for number, point in enumerate(sums.values()):
                 spot = self.spotter.spot(self.nest.output, point)
                 assert spot is not None
+                together = self.is_paired(spot)
                 for col in range(cols):
                     value = f"sum[{number}][{col}][half * 2"
                     with self.block():
                         self.emit(f"const int cols = {col * COLS} + lane % 4 * 2;")
                         first = self.finished(f"{value}]", point)
                         second = self.finished(f"{value} + 1]", point, following)
-                        if self.is_paired(spot):
+                        if together:
                             self.emit_if(
                                 self.test(spot),
                                 f"narrow2({self.where(spot, None, shift)}, {first}, {second});",

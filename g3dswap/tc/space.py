@@ -81,7 +81,7 @@ class Space:
                 return cost_cpp(scheduled, self.threads)
             warps = schedule.hint("warps", 4)
             if is_cuda(schedule):
-                return model_staged.cost(scheduled, warps, schedule.hint("stages", 1), room=shared_bytes())
+                return model_staged.cost(scheduled, warps, schedule.hint("stages", 1), room=self._room)
             if schedule.skew and is_product(schedule):
                 ahead, across = schedule.hint("ahead", 0), schedule.hint("across", 0)
                 return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across))
@@ -90,6 +90,11 @@ class Space:
             return model_triton.cost(scheduled, warps)
         except ScheduleError:
             return math.inf
+
+    @functools.cached_property
+    def _room(self) -> int:
+        """Bytes of shared memory that a program can have; asked for once, and not for each schedule."""
+        return shared_bytes()
 
     @functools.cached_property
     def _families(self) -> list[list[tuple[float, Schedule]]]:
