@@ -45,7 +45,6 @@ PRELUDE = r"""
 using std::min;
 typedef unsigned short u16;
 typedef unsigned int u32;
-typedef unsigned long long u64;
 typedef long long i64;
 struct uint2 { u32 x, y; };
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
@@ -66,7 +65,6 @@ static void wait_at(State state) {
 static Fiber& lane(int i) { return fibers[threadIdx.x / 32 * 32 + i]; }
 static void __syncthreads() { wait_at(AT_BLOCK); }
 
-static float widen(float x) { return x; }
 static float bits(u32 x) { float y; memcpy(&y, &x, 4); return y; }
 #if @HALF@
 static float widen(u16 x) { _Float16 y; memcpy(&y, &x, 2); return (float)y; }

@@ -25,7 +25,7 @@ WIDEST = 16
 EIGHT = 8
 """Elements of a row that a thread's part of `ldmatrix` has; it begins at a multiple of them."""
 PADS = 8
-"""Pads of a pitch that are compared, in steps of `EIGHT` elements."""
+"""Pads of a pitch that are compared, in steps of what rows begin at multiples of."""
 
 
 @dataclass(frozen=True)

@@ -48,14 +48,14 @@ class CudaText:
         count = self.nest.loops[i].count
         return "batch" if count is None else str(count)
 
-    def decode(self, loops: Sequence[int], number: str, kind: str = "const int") -> None:
+    def decode(self, loops: Sequence[int], number: str) -> None:
         """Variables of these loops from the number of a step of all of them, the last the fastest."""
         for place, i in enumerate(reversed(loops)):
             name, count = self.names[f"v{i}"], self.count(i)
             if place == len(loops) - 1:
-                self.emit(f"{kind} {name} = {number};")
+                self.emit(f"const int {name} = {number};")
                 break
-            self.emit(f"{kind} {name} = {number} % {count}, {name}_rest = {number} / {count};")
+            self.emit(f"const int {name} = {number} % {count}, {name}_rest = {number} / {count};")
             number = f"{name}_rest"
 
     # Linear forms
@@ -95,10 +95,7 @@ class CudaText:
 
     def along(self, form: Linear, side: str) -> list[int]:
         """How far a form has moved at each step of a side."""
-        variable = self.sides[side]
-        part = self.part(form, variable)
-        steps = range(self.nest.lengths[side])
-        return [self.spotter.evaluate(part, {variable: step}) for step in steps]
+        return [moved for (moved,) in self.moves([form], side, range(self.nest.lengths[side]))]
 
     def moves(self, values: Iterable[Linear], side: str, at: Iterable[int]) -> list[list[int]]:
         """How far each index has moved at these steps of a side."""

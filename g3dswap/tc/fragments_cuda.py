@@ -49,7 +49,7 @@ def _conflicts(program: Program, values: Sequence[Linear], side: str, unit: int)
     return found
 
 
-def laid_out(
+def _address_of(
     program: Program, box: Box, access: Access, points: Sequence[Env], sides: tuple[str, str], unit: int
 ) -> Linear | None:
     """The address in the box at the first point, if fragments are units of elements that lie together.
@@ -84,7 +84,7 @@ class RowFragments:
         values = program.spotter.indices(program.image, points[0]) or []
         for unit in (EIGHT, 2):
             made = without_conflicts(box, max(unit, box.width), _conflicts(program, values, "rows", unit))
-            address = laid_out(program, made, program.image, points, ("rows", "depth"), unit)
+            address = _address_of(program, made, program.image, points, ("rows", "depth"), unit)
             if address is not None:
                 self.box, self.unit = made, unit
                 self.row = program.part(address, program.sides["rows"])
@@ -246,7 +246,7 @@ class DepthFragments:
         self.program, self.access = program, access
         values = program.spotter.indices(access, points[0]) or []
         self.box = without_conflicts(box, max(EIGHT, box.width), _conflicts(program, values, "depth", EIGHT))
-        address = laid_out(program, self.box, access, points, ("depth", side), EIGHT)
+        address = _address_of(program, self.box, access, points, ("depth", side), EIGHT)
         if address is None:
             raise ScheduleError(f"fragments of {access} are not consecutive in shared memory.")
         self.line = program.part(address, program.sides["depth"])

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from .box import WIDEST
 from .footprint import LINE, accumulators_of, footprint, partials_of, runs_of, tile_of
 from .fragments_cuda import KEPT
+from .model_product import CYCLES
 from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
 from .nest import Access, Nest
 from .program_cuda import COLS, DEEP, MOST_SHARED, ROWS
 from .roles import image_and_other, roles_of
 from .words import ITEM_BYTES, WARP
 
-CYCLES = 1.75e9
 LAUNCH, TOTAL = 4.5e-6, 8e-6
 """Seconds of a launch, and of the second stage of a split reduction."""
 BANDWIDTH = 2.5e12
@@ -147,10 +147,8 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     taps = footprint(nest, other, tile).elements * math.prod(outside)
     laid = taps * deep * cols * WARP * 4
     kept = taps * deep * cols * 2 <= KEPT
-    sums, loads = (
-        accumulators_of(nest, tile) * cols,
-        runs * footprint(nest, image, tile).elements * deep * rows,
-    )
+    sums = accumulators_of(nest, tile) * cols
+    loads = runs * footprint(nest, image, tile).elements * deep * rows
     products = runs * tile.terms * rows * cols * deep
     slots = part.copies * COPY + laid / WARP * LAID + products * PRODUCT + loads + sums * rows * STORE
     return _Work(

@@ -10,10 +10,8 @@ MEMORY = "extern __shared__ __align__(128) unsigned char memory[];"
 PRELUDE = r"""
 typedef unsigned short u16;
 typedef unsigned int u32;
-typedef unsigned long long u64;
 typedef long long i64;
 
-static __device__ __forceinline__ float widen(float x) { return x; }
 static __device__ __forceinline__ void narrow(float* p, float x) { *p = x; }
 static __device__ __forceinline__ void narrow2(float* p, float x, float y) {
   *reinterpret_cast<float2*>(p) = make_float2(x, y);

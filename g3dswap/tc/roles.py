@@ -34,6 +34,13 @@ def sides(nest: Nest) -> list[str]:
     return [a.name for a in nest.axes if a.name in shifted and a.reduce == summed]
 
 
+def batches(nest: Nest) -> list[str]:
+    """The batch axis of both factors and the result that has steps, if any: blocks of it may be packed."""
+    image, other = image_and_other(nest)
+    shared = image.axes & other.axes & nest.output.axes
+    return [axis.name for axis in nest.axes if axis.name in shared and (axis.extent or 1) > 1][:1]
+
+
 def added(access: Access) -> set[str]:
     """The axes that are added to others in an index."""
     return {a for index in access.indices if len(index.terms) > 1 for a in index.axes}

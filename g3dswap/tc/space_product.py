@@ -18,7 +18,7 @@ from functools import partial
 from ..errors import ScheduleError
 from .nest import SIDE_BINDS, Nest
 from .product import Packs, Product, Side, of_tiles, splits
-from .roles import Roles, image_and_other, possible, roles_of, sides
+from .roles import Roles, batches, possible, roles_of, sides
 from .schedule import rewritten
 from .space_cpp import phases
 from .space_triton import Tile, another_split, power
@@ -43,16 +43,13 @@ STRAIGHT, LOOPED = (1, 8), (3, 0)
 
 def packings(nest: Nest) -> list[Packs]:
     """No packing, and blocks of the batch axis that make its channels a side of a product."""
-    image, other = image_and_other(nest)
-    shared = image.axes & other.axes & nest.output.axes
-    batch = [a for a in nest.axes if a.name in shared and (a.extent or 1) > 1]
-    roles = roles_of(nest)
+    batch, roles = batches(nest), roles_of(nest)
     wide = max(math.prod(nest.extent(a) or 1 for a in axes) for axes in (roles.other, roles.channels))
     found: list[Packs] = [()] if wide >= LEAST or not batch else []
-    for axis in batch[:1]:
+    for axis in batch:
         for count in (2, 4, 8, 16, 32, 64):
-            if (axis.extent or 1) % count == 0 and LEAST <= count * wide <= MOST:
-                found.append(((axis.name, count),))
+            if (nest.extent(axis) or 1) % count == 0 and LEAST <= count * wide <= MOST:
+                found.append(((axis, count),))
     return found
 
 

@@ -21,11 +21,11 @@ from .nest import Access, Nest
 from .print_cuda import print_cuda
 from .product import Packs, Product, Side, Skews, of_tiles, splits
 from .program_cuda import COLS, DEEP, MOST_ACCUMULATORS, ROWS
-from .roles import Roles, added, image_and_other, possible, roles_of, sides
+from .roles import Roles, added, batches, image_and_other, possible, roles_of, sides
 from .schedule import apply, rewritten
 from .skew import Skew, patch_name, shifted_by
-from .space_cpp import phases, reduces
-from .space_triton import Tile
+from .space_cpp import phases
+from .space_triton import Tile, of_reductions
 from .words import ITEM_BYTES
 
 FORMS = 6
@@ -71,7 +71,7 @@ def forms(nest: Nest) -> list[Form]:
     found: list[Form] = []
     if channels % DEEP == 0 and filters % COLS == 0:
         found.append(((), ()))
-    for axis in _batches(nest):
+    for axis in batches(nest):
         for count in BLOCKS[1:]:
             deep, wide = count * channels, count * filters
             whole = deep % DEEP == 0 and wide % COLS == 0 and (nest.extent(axis) or 1) % count == 0
@@ -102,11 +102,12 @@ def _steps(nest: Nest, axes: Sequence[str]) -> int:
     return math.prod(nest.extent(axis) or 1 for axis in axes)
 
 
-def _batches(nest: Nest) -> list[str]:
-    """The batch axis of both factors and the result that has steps, if there is one."""
-    image, other = image_and_other(nest)
-    shared = image.axes & other.axes & nest.output.axes
-    return [axis.name for axis in nest.axes if axis.name in shared and (axis.extent or 1) > 1][:1]
+def _nearest(nest: Nest) -> frozenset[str]:
+    """The axes along which elements of the image lie side by side."""
+    image, _ = image_and_other(nest)
+    tensor = nest.tensor(image.tensor)
+    dims = zip(image.indices, tensor.strides, tensor.shape)
+    return next((i.axes for i, stride, extent in dims if stride == 1 and extent != 1), frozenset())
 
 
 def _skewings(nest: Nest, roles: Roles, channels: int, filters: int) -> Iterator[Skews]:
@@ -140,18 +141,13 @@ def _rank(nest: Nest, form: Form) -> float:
     except ScheduleError:
         return math.inf
     roles = roles_of(whole)
-    image, _ = image_and_other(whole)
-    tensor = whole.tensor(image.tensor)
-    near = next(
-        (i for i, s, e in zip(image.indices, tensor.strides, tensor.shape) if s == 1 and e != 1), None
-    )
-    # Of many channels that lie together, a program reads those of several groups.
-    channels = near is not None and not near.axes & {*roles.positions}
-    own = near is not None and bool(near.axes & {*roles.positions, *roles.channels})
-    if not all((roles.image, roles.other, roles.depth)) or not own:
+    near, positions = _nearest(whole), {*roles.positions}
+    if not all((roles.image, roles.other, roles.depth)) or not near & {*positions, *roles.channels}:
         return math.inf
     deep, taps = _steps(whole, roles.channels), _steps(whole, sides(whole))
-    width = min(WIDEST // 2, deep if channels else max((skew.word for skew in form[1]), default=1))
+    # Of channels that lie together, a program reads those of several groups.
+    words = max((skew.word for skew in form[1]), default=1) if near & positions else deep
+    width = min(WIDEST // 2, words)
     copied = COPIED / width * _steps(nest, roles_of(nest).channels) / _steps(nest, roles_of(nest).other)
     return taps * -(-deep // DEEP) * DEEP / (ROWS * DEEP * COLS) * MULTIPLIED + copied
 
@@ -234,20 +230,15 @@ def _windows(nest: Nest, axis: str | None) -> list[Tile]:
 def _groups(nest: Nest, form: Form) -> list[Tile]:
     """Steps of the batch axis, where its few channels lie together with those of the next."""
     image, _ = image_and_other(nest)
-    tensor, found = nest.tensor(image.tensor), [()]
-    near = [i for i, s, e in zip(image.indices, tensor.strides, tensor.shape) if s == 1 and e != 1]
-    if form[0] or not near or near[0].axes & {*roles_of(nest).positions}:
-        return list(found)
-    together = math.prod(nest.extent(a) or 1 for a in near[0].axes) * ITEM_BYTES[tensor.dtype]
-    return [
-        *found,
-        *(
-            ((axis, count),)
-            for axis in _batches(nest)
-            for count in (2, 4)
-            if together * count <= 2 * WIDEST and (nest.extent(axis) or 1) % count == 0
-        ),
-    ]
+    found: list[Tile] = [()]
+    near = _nearest(nest)
+    if form[0] or not near or near & {*roles_of(nest).positions}:
+        return found
+    together = _steps(nest, [*near]) * ITEM_BYTES[nest.tensor(image.tensor).dtype]
+    for axis in batches(nest):
+        whole = (count for count in (2, 4) if (nest.extent(axis) or 1) % count == 0)
+        found += [((axis, count),) for count in whole if together * count <= 2 * WIDEST]
+    return found
 
 
 def _is_small(nest: Nest, tile: Tile, rows: Side, cols: Side, depth: Side, along: bool) -> bool:
@@ -281,7 +272,6 @@ def _described(nest: Nest, form: Form) -> list[tuple[tuple[object, ...], Product
 
 
 def _choices(nest: Nest, product: Product) -> tuple[object, ...]:
-    # A product of a schedule names all axes on the grid.
-    split = {(axis, steps) for axis, steps in product.split if reduces(nest, axis)}
+    split = {*of_reductions(nest, product.split)}
     sides = product.rows, product.cols, product.depth
     return sides, product.tile, split, product.warps, product.stages

@@ -295,9 +295,14 @@ def split_reductions(
     return list(dict.fromkeys(found))
 
 
+def of_reductions(nest: Nest, split: Split) -> Split:
+    """A split without what only is on the grid: a split that is read from a schedule names all of that."""
+    return tuple((n, c) for n, c in split if c > 1 or reduces(nest, n))
+
+
 def another_split(nest: Nest, split: Split, options: Sequence[Split], rng: random.Random) -> Split:
     """One of the options, or a split with steps half or twice as many."""
-    own = tuple((n, c) for n, c in split if c > 1 or reduces(nest, n))
+    own = of_reductions(nest, split)
     halved = tuple((n, max(1, c // 2)) for n, c in own)
     doubled = tuple((n, c * 2 if c > 1 else c) for n, c in own)
     return rng.choice([*options, halved, doubled])

@@ -20,6 +20,7 @@ from g3dswap.tc.schedule import Schedule
 from g3dswap.tc.space_staged import families
 from tests.emulated import emulated
 from tests.geometries import TOLERANCE, Case, error, expected, operands
+from tests.tc.spaces import every
 
 PASSES = ("forward", "grad_input", "grad_weight")
 GEOMETRIES = {
@@ -42,7 +43,7 @@ def problem_of(direction: str, geometry: Geometry, layout: str = "contiguous", b
 
 def products(nest: Nest) -> list[Product]:
     """All that the space proposes for a nest."""
-    return [p for first, rest in families(nest) for p in rest({product.tile for product in first})]
+    return every(families(nest))
 
 
 def check(case: Case, kernel: Kernel) -> None:

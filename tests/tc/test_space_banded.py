@@ -15,6 +15,7 @@ from g3dswap.tc.schedule import Digit, Schedule, apply, rewritten
 from g3dswap.tc.skew import Skew
 from g3dswap.tc.space import Space
 from g3dswap.tc.space_banded import families, skewings
+from tests.tc.spaces import every, walk
 from tests.tc.test_print_triton import DEVICE, check
 
 PASSES = ("forward", "grad_input", "grad_weight")
@@ -37,8 +38,7 @@ def problem_of(direction: str, geometry: Geometry, layout: str = "contiguous") -
 
 def products(problem: Problem) -> list[Product]:
     """All that the space proposes for a problem."""
-    every = families(nest_of(problem))
-    return [product for first, rest in every for product in rest({product.tile for product in first})]
+    return every(families(nest_of(problem)))
 
 
 @pytest.mark.parametrize("name", [*GEOMETRIES, "strided"])
@@ -83,12 +83,7 @@ def test_mutations_stay_banded(direction: str) -> None:
         random.Random(0),
     )
     schedule = next(s for s in space.ranked(64, rng) if s.skew)
-    seen = {schedule}
-    for _ in range(30):
-        schedule = space.mutate(schedule, rng)
-        assert schedule.skew and space.cost(schedule) < math.inf
-        seen.add(schedule)
-    assert len(seen) > 10
+    walk(space, schedule, rng, lambda schedule: bool(schedule.skew))
 
 
 def test_any_skewed_schedule_has_a_cost() -> None:

@@ -15,6 +15,7 @@ from g3dswap.tc.roles import possible
 from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space import Space
 from g3dswap.tc.space_product import families, packings
+from tests.tc.spaces import every, walk
 from tests.tc.test_print_triton import DEVICE, PRODUCTS, check
 
 PASSES = ("forward", "grad_input", "grad_weight")
@@ -34,8 +35,7 @@ def problem_of(direction: str, geometry: Geometry, layout: str, dtype: torch.dty
 
 def products(problem: Problem) -> list[Product]:
     """All that the space proposes for a problem."""
-    every = families(nest_of(problem))
-    return [product for first, rest in every for product in rest({product.tile for product in first})]
+    return every(families(nest_of(problem)))
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -59,12 +59,7 @@ def test_mutations_stay_products(direction: str) -> None:
     problem = problem_of(direction, GEOMETRIES["few channels"], "channels_last_3d", torch.float16)
     space, rng = Space(nest_of(problem), "triton"), random.Random(0)
     schedule = next(s for s in space.ranked(64, rng) if is_product(s))
-    seen = {schedule}
-    for _ in range(30):
-        schedule = space.mutate(schedule, rng)
-        assert is_product(schedule) and space.cost(schedule) < math.inf
-        seen.add(schedule)
-    assert len(seen) > 10
+    walk(space, schedule, rng, is_product)
 
 
 def test_a_block_has_the_channels_of_a_matrix_unit() -> None:
