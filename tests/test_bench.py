@@ -181,6 +181,14 @@ def test_ceilings_are_measured(small_device: None) -> None:
     assert list(found.product) == ["ieee"]
 
 
+def test_a_cpu_computes_half_types_in_float32_where_that_is_faster(
+    small_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {torch.bfloat16: 1e9, torch.float32: 1e11}
+    monkeypatch.setattr(measure, "_product", lambda device, dtype, sample, seconds: speeds[dtype])
+    assert measure.ceilings("cpu", torch.bfloat16, 0.01).product == {"ieee": 1e11}
+
+
 def test_the_roofline_of_a_depthwise_layer_is_that_of_ieee_arithmetic() -> None:
     limits = Ceilings(1e30, {"ieee": 1e9, "tf32": 1e10})
     depthwise = Problem("forward", Geometry(4, 4, 4, (3, 5, 6), (1, 1, 1)), device="cuda", precision="tf32")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from g3dswap.choice import Choice
 from g3dswap.problem import DIRECTIONS, LAYOUTS, Geometry, Problem
 from g3dswap.rounds import Times
 from g3dswap.tc import timing
+from g3dswap.tc.timing import Call
 from tests.test_bench import synthetic
 
 MIB = 1 << 20
@@ -119,10 +121,15 @@ class Device:
         call()
         return self.spent - before
 
-    def measure(self, seconds: float) -> dict[str, Times]:
+    def measure(self, seconds: float, launches: bool = True) -> dict[str, Times]:
         contenders = {name: self.rotation(name, 4) for name in self.durations}
         return graphs.measure(
-            contenders, seconds, eager=self.sample, graph=self.sample, captured=self.capture
+            contenders,
+            seconds,
+            eager=self.sample,
+            graph=self.sample,
+            captured=self.capture,
+            launches=launches,
         )
 
 
@@ -146,9 +153,82 @@ def test_what_cannot_be_captured_counts_by_its_launches() -> None:
     assert times["b"].note == "RuntimeError: operation not permitted when stream is capturing"
 
 
+def test_launches_may_count_only_where_there_is_no_graph() -> None:
+    times = Device({"a": 3e-6, "b": 3e-6}, host=2e-5, refused="b").measure(0.01, launches=False)
+    assert times["a"].seconds == pytest.approx(3e-6)
+    assert times["a"].eager_seconds is None
+    assert times["b"].seconds == times["b"].eager_seconds == pytest.approx(2e-5)
+    assert times["b"].note and not times["a"].note
+
+
 def test_nothing_can_be_captured() -> None:
     gpu = Device({"a": 3e-6}, host=2e-5, refused="a")
     assert gpu.measure(0.01)["a"].seconds == pytest.approx(2e-5)
+
+
+# The recording of a graph, with PyTorch's part made up.
+
+
+class Graph:
+    """Of PyTorch's; a replay does what the test says."""
+
+    replay: Call
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Says what happened of PyTorch's capture."""
+    log: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def capturing(graph: Graph, pool: Any, stream: Stream) -> Iterator[None]:
+        log.append("begin")
+        yield
+        log.append("end")
+
+    for name, value in {
+        "CUDAGraph": Graph,
+        "Stream": Stream,
+        "graph_pool_handle": lambda: (0, 7),
+        "current_stream": Stream,
+        "stream": contextlib.nullcontext,
+        "graph": capturing,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(graphs, "_abandon", lambda pool: log.append(f"abandon {pool}"))
+    return log
+
+
+def test_a_replay_must_write_every_result(cuda: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [torch.zeros(3), torch.zeros(2)]
+    monkeypatch.setattr(Graph, "replay", lambda self: [x.fill_(1) for x in results], raising=False)
+
+    def run() -> list[Tensor]:
+        cuda.append("run")
+        return results
+
+    replay = graphs.record(run, lambda: cuda.append("warm up"))
+    assert cuda == ["warm up", "begin", "run", "end"]
+    for x in results:
+        x.zero_()
+    replay()
+    assert all(torch.equal(x, torch.ones_like(x)) for x in results)
+    monkeypatch.setattr(Graph, "replay", lambda self: results[0].fill_(1))
+    with pytest.raises(RuntimeError, match="does not write the result"):
+        graphs.record(run, lambda: None)
+
+
+def test_a_failed_capture_is_cleared_away(cuda: list[str]) -> None:
+    def run() -> list[Tensor]:
+        raise RuntimeError("not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs.record(run, lambda: None)
+    assert cuda == ["begin", "abandon (0, 7)"]
 
 
 # What stands in files and tables.

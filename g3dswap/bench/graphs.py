@@ -10,6 +10,7 @@ runs eagerly.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections import deque
@@ -84,23 +85,59 @@ def cache_bytes() -> int:
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
 
 
-def capture(rotation: Rotation, count: int) -> Call:
-    """A CUDA graph of `count` calls that ran before, as a function that replays it; RuntimeError if not."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+def record(run: Callable[[], Sequence[Tensor]], warm_up: Call) -> Call:
+    """A CUDA graph of `run`, as a function that replays it; RuntimeError if there can be none.
+
+    warm_up: goes before, for what is searched, compiled or loaded at a first call on a stream. What `run`
+    returns are results that each replay has to write, in finite numbers.
+    """
+    graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
     # The outer context also takes a failed capture back from its stream.
     with torch.cuda.stream(stream):
-        rotation(len(rotation.sets))  # what is searched, compiled or loaded at a first call on a stream
-        rotation.results.clear()
-        with torch.cuda.graph(graph, stream=stream):
-            rotation(count)
+        warm_up()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                results = run()
+        except RuntimeError:
+            _abandon(pool)
+            raise
     torch.cuda.current_stream().wait_stream(stream)
-    result = rotation.results[-1].fill_(math.nan)
+    for result in results:
+        result.fill_(math.nan)
     graph.replay()
-    if not torch.isfinite(result).all():
+    if not all(torch.isfinite(result).all() for result in results):
         raise RuntimeError("the graph does not write the result")
-    rotation.results.clear()
     return graph.replay
+
+
+def _abandon(pool: tuple[int, int]) -> None:
+    """Let go of what a failed capture holds: its memory, and the generator of random numbers.
+
+    Where it was cut short, PyTorch (2.11) goes on to take the device for one that captures.
+    """
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # from a capture that was ended: its graph lets go of the memory
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    fresh = torch.Generator(torch.device("cuda", device))
+    torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
+
+
+def capture(rotation: Rotation, count: int) -> Call:
+    """A CUDA graph of `count` calls that ran before, as a function that replays it; RuntimeError if not."""
+
+    def warm_up() -> None:
+        rotation(len(rotation.sets))
+        rotation.results.clear()
+
+    def run() -> list[Tensor]:
+        rotation(count)
+        return [rotation.results[-1]]
+
+    replay = record(run, warm_up)
+    rotation.results.clear()
+    return replay
 
 
 def measure(
@@ -110,10 +147,12 @@ def measure(
     eager: Sampler,
     graph: Sampler,
     captured: Callable[[Rotation, int], Call] = capture,
+    launches: bool = True,
 ) -> dict[Key, Times]:
     """Time all contenders, which have run before, in graphs and launch by launch; each is rounds in turn.
 
-    Every contender may take `seconds` in graphs, and half of that launch by launch.
+    Every contender may take `seconds` in graphs, and half of that launch by launch. Without `launches` only
+    those are timed so that have no graph.
     """
     counts = {key: call_count(len(it.sets), _estimate(it, eager)) for key, it in contenders.items()}
     graphs: dict[Key, Call] = {}
@@ -124,13 +163,16 @@ def measure(
         except RuntimeError as error:  # PyTorch's, CUDA's and ours alike
             notes[key] = described(error)
     in_graphs = alternate(graphs, graph, seconds)
-    launched = alternate({k: partial(it, counts[k]) for k, it in contenders.items()}, eager, seconds / 2)
-    found = {}
+    calls = {k: partial(it, counts[k]) for k, it in contenders.items() if launches or k not in graphs}
+    launched = alternate(calls, eager, seconds / 2)
+    found = {key: times.each(counts[key]) for key, times in in_graphs.items()}
     for key, times in launched.items():
         alone = times.each(counts[key])
-        counted = in_graphs[key].each(counts[key]) if key in in_graphs else alone
         found[key] = replace(
-            counted, eager_seconds=alone.seconds, eager_spread=alone.spread, note=notes.get(key, "")
+            found.get(key, alone),
+            eager_seconds=alone.seconds,
+            eager_spread=alone.spread,
+            note=notes.get(key, ""),
         )
     return found
 

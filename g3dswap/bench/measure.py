@@ -1,4 +1,4 @@
-"""Measures one pass of one layer in one run: the chosen kernels and PyTorch's, in both layouts.
+"""Measures one pass of one layer in one run: the chosen kernels and PyTorch's, in one layout or in both.
 
 On a CPU each run of a contender is one call on cold data (`tc.timing`); on a GPU it is a CUDA graph of many
 (`bench.graphs`). All take turns (`bench.rounds`).
@@ -19,7 +19,7 @@ from g3dswap.bench import graphs
 from g3dswap.choice import Choice
 from g3dswap.errors import described
 from g3dswap.problem import Problem
-from g3dswap.rounds import FEWEST, MOST, Times, alternate
+from g3dswap.rounds import FEWEST, MOST, Key, Times, alternate
 from g3dswap.tc import timing
 from g3dswap.tc.timing import Call, Sampler
 from g3dswap.workload import Sample, distance
@@ -85,16 +85,21 @@ def ceilings(device: str, dtype: torch.dtype, seconds: float) -> Ceilings:
     target = torch.empty_like(source)
     bandwidth = 2 * COPY_BYTES[device] / _fastest(partial(target.copy_, source), sample, seconds)
     del source, target
-    extent = PRODUCT_EXTENT[device]
-    a, b = (torch.randn(extent, extent, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
+    # Half types can be computed in float32, which is the faster on CPUs that have no instructions for them.
+    dtypes = [dtype, torch.float32] if device == "cpu" and dtype.itemsize == 2 else [dtype]
     product = {}
     tf32 = device == "cuda" and dtype == torch.float32
     for precision in ("ieee", "tf32") if tf32 else ("ieee",):
         with _products_in(precision) if tf32 else contextlib.nullcontext():
-            took = _fastest(partial(torch.mm, a, b, out=out), sample, seconds)
-        product[precision] = 2 * extent**3 / took
+            product[precision] = max(_product(device, it, sample, seconds) for it in dtypes)
     return Ceilings(bandwidth, product)
+
+
+def _product(device: str, dtype: torch.dtype, sample: Sampler, seconds: float) -> float:
+    """Flops a second of a matrix product."""
+    extent = PRODUCT_EXTENT[device]
+    a, b = (torch.randn(extent, extent, device=device).to(dtype) for _ in range(2))
+    return 2 * extent**3 / _fastest(partial(torch.mm, a, b, out=torch.empty_like(a)), sample, seconds)
 
 
 @contextlib.contextmanager
@@ -158,12 +163,37 @@ def measure_pass(
     )
 
 
+def time_choice(choice: Choice, batch: int, seconds: float) -> tuple[Times, Times]:
+    """PyTorch's time of a pass, and that of the choice, which may be PyTorch's kernel; nothing is checked.
+
+    Both in the layout of the choice's problem; `seconds` is what each may take. On a GPU calls from Python
+    are timed only where there is no graph.
+    """
+    problem = choice.problem
+    operands = native.random_operands(problem, batch)
+    runs: dict[str, Run] = {TORCH: partial(native.run, problem)}
+    if not choice.is_native:
+        runs[OURS] = choice.run
+    with torch.no_grad(), native.switches(problem):
+        for run in runs.values():
+            run(*operands)
+        contenders = {name: (run, operands) for name, run in runs.items()}
+        times = _time(contenders, problem, batch, seconds, launches=False)
+    return times[TORCH], times.get(OURS, times[TORCH])
+
+
 def _time(
-    contenders: Mapping[tuple[str, str], tuple[Run, Operands]], problem: Problem, batch: int, seconds: float
-) -> dict[tuple[str, str], Times]:
+    contenders: Mapping[Key, tuple[Run, Operands]],
+    problem: Problem,
+    batch: int,
+    seconds: float,
+    launches: bool = True,
+) -> dict[Key, Times]:
+    """Each on cold data; they have run before."""
     if problem.device == "cuda":
         found = graphs.rotations(contenders, problem.bytes(batch))
-        return graphs.measure(found, seconds, eager=timing.event_sampler(), graph=timing.sampler("cuda"))
+        eager, graph = timing.event_sampler(), timing.sampler("cuda")
+        return graphs.measure(found, seconds, eager=eager, graph=graph, launches=launches)
     calls = {key: partial(run, *operands) for key, (run, operands) in contenders.items()}
     return alternate(calls, timing.sampler(problem.device), seconds)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from g3dswap.bench.device import QUERIES, UNKNOWN
+from g3dswap.bench.measure import Ceilings
 from g3dswap.bench.results import Results
 from g3dswap.bench.rows import Row
 from g3dswap.problem import Problem
@@ -50,11 +51,8 @@ def verdict(results: Results) -> str:
 def headline(results: Results) -> str:
     """Device, versions and settings, on a few lines."""
     header, device = results.header, results.header["device"]
-    settings, limits = header["settings"], results.ceilings
+    settings = header["settings"]
     threads = f", {device['threads']} threads" if "threads" in device else ""
-    products = {name: f"{value / 1e9:.0f} GFLOP/s" for name, value in limits.product.items()}
-    several = len(products) > 1
-    product = ", ".join(f"{text} ({name})" if several else text for name, text in products.items())
     versions = ", ".join(f"{name} {value}" for name, value in header["versions"].items())
     driver = [gpu(header["gpu"])] if "gpu" in header else []
     batch = f"batch {settings['batch']}" if settings["batch"] else "the layers' own batches"
@@ -62,11 +60,19 @@ def headline(results: Results) -> str:
         [
             f"{device['device_name']}, {device['capability']}, {device['cores']} cores{threads}",
             *driver,
-            f"copy {limits.bandwidth / 1e9:.1f} GB/s, matrix product {product}",
+            ceilings(results.ceilings),
             f"{settings['dtype']}, {batch}, tune {settings['tune']}, {header['date']}",
             versions,
         ]
     )
+
+
+def ceilings(limits: Ceilings) -> str:
+    """``copy 2969.3 GB/s, matrix product 52210 GFLOP/s (ieee), 398205 GFLOP/s (tf32)``."""
+    products = {name: f"{value / 1e9:.0f} GFLOP/s" for name, value in limits.product.items()}
+    several = len(products) > 1
+    product = ", ".join(f"{text} ({name})" if several else text for name, text in products.items())
+    return f"copy {limits.bandwidth / 1e9:.1f} GB/s, matrix product {product}"
 
 
 def gpu(facts: Mapping[str, Any]) -> str:
