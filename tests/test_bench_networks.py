@@ -14,18 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from g3dswap import stored
-from g3dswap.bench import network_results, network_run, networks, steps
+from g3dswap.bench import compare, network_results, network_run, networks, steps
+from g3dswap.bench.compared import INFERENCE, TRAINING, Compared, Conversion, Side
+from g3dswap.bench.measure import Ceilings
 from g3dswap.bench.network_results import NetworkResults, NetworkRow
+from g3dswap.bench.network_tables import section
 from g3dswap.bench.networks import NETWORKS, Network, choose_networks
-from g3dswap.bench.steps import Compared, Conversion, Side, Training
+from g3dswap.bench.steps import Training
 from g3dswap.errors import ArgumentError
 from g3dswap.rounds import Times
 from tests.fakes import FakeChooser, Net, faked
 from tests.test_bench import invoke, load, succeeds, synthetic
+from tests.test_bench_grouped import example
 from tests.test_networks import roi_align  # noqa: F401  # a fixture
 
 SHAPE = (2, 3, 4, 6, 6)
 CPU = torch.device("cpu")
+CEILINGS = Ceilings(1e10, {"ieee": 1e11})
+COMMITTED = Path(compare.__file__).with_name("results") / "nvidia-h100-networks.json"
 COMMAND = ["bench", "--networks", "--device", "cpu", "--seconds", "0.001", "--steps", "3", "--quiet"]
 
 
@@ -45,6 +51,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeChoose
     """Choices without compiling, made-up networks, and a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(networks, "NETWORKS", MADE_UP)
+    monkeypatch.setattr(network_run, "ceilings", lambda device, dtype, seconds: CEILINGS)
     with faked(monkeypatch) as chooser:
         yield chooser
 
@@ -54,7 +61,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeChoose
 
 def compared(model: nn.Module, amp: bool = False, count: int = 3) -> Compared:
     options = {"tune": "none", "progress": False}
-    return steps.compare(model, SHAPE, CPU, amp, count, 0.001, options)
+    return compare.compare(model, SHAPE, CPU, amp, count, 0.001, options, lambda dtype: CEILINGS)
 
 
 def test_both_models_take_the_same_steps(fake: FakeChooser) -> None:
@@ -68,6 +75,9 @@ def test_both_models_take_the_same_steps(fake: FakeChooser) -> None:
     assert found.conversion.sources == {"tuned": 9}
     assert found.parameters == sum(x.numel() for x in Net().parameters())
     assert found.before.memory is None
+    assert found.before.train_graph is found.after.inference_graph is None
+    assert sum(it.count for it in found.passes) == 9
+    assert found.notes == []
 
 
 def test_autocast_is_on_for_conversion_and_steps(fake: FakeChooser) -> None:
@@ -85,15 +95,36 @@ def test_autocast_is_on_for_conversion_and_steps(fake: FakeChooser) -> None:
 
 
 def test_losses_of_different_models_differ(fake: FakeChooser, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = steps.convert
+    real = compare.convert
 
     def other(model: nn.Module, inputs: Any, **options: Any) -> nn.Module:
         fast = real(model, inputs, **options)
         fast.register_forward_hook(lambda module, args, out: out * 1.5)
         return fast
 
-    monkeypatch.setattr(steps, "convert", other)
+    monkeypatch.setattr(compare, "convert", other)
     assert compared(Net()).difference > 1e-3
+
+
+def test_grouped_layers_that_cannot_be_timed_lose_nothing_else(
+    fake: FakeChooser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory\nadvice")
+
+    monkeypatch.setattr(compare, "measure_passes", full)
+    found = compared(Net())
+    assert found.speedup(TRAINING) and found.speedup(INFERENCE)
+    assert found.passes == []
+    assert found.notes == ["no times of the grouped layers: OutOfMemoryError: CUDA out of memory"]
+
+
+def test_kernels_without_a_graph_are_said_once(fake: FakeChooser, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = replace(example(1.0), torch=replace(example(1.0).torch, note="no stream"))
+    monkeypatch.setattr(compare, "measure_passes", lambda *arguments: [example(1.0), without, without])
+    found = compared(Net())
+    said = "no CUDA graph of some kernels, whose launches from Python count: no stream"
+    assert found.notes == [said]
 
 
 def test_a_loss_that_is_no_number_differs_infinitely() -> None:
@@ -127,7 +158,7 @@ def test_models_take_turns_in_going_first(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_class_for_each_voxel_where_the_output_is_an_image() -> None:
-    clips, targets = steps._batch(nn.Conv3d(1, 7, 1), (2, 1, 3, 4, 5), CPU, 0)
+    clips, targets = steps.make_batch(nn.Conv3d(1, 7, 1), (2, 1, 3, 4, 5), CPU, 0)
     assert clips.shape == (2, 1, 3, 4, 5)
     assert targets.shape == (2, 3, 4, 5)
     assert int(targets.min()) >= 0 and int(targets.max()) == 6
@@ -161,7 +192,10 @@ def test_networks_end_to_end(fake: FakeChooser) -> None:
     ]
     first = data["networks"][0]
     assert first["shape"] == list(SHAPE)
-    assert set(first["speedup"]) == {"train", "inference"}
+    assert set(first["speedup"]) == {"training", "inference"}
+    assert first["share_graph"] == {"training": None, "inference": None}
+    assert all(it["count"] in (1, 2) for it in first["compared"]["passes"])
+    assert set(data["ceilings"]) == {"float32", "bfloat16"}
     assert first["loss_difference"] == 0
     assert len(first["compared"]["before"]["losses"]) == 3
     settings = {"scale": "full", "steps": 3, "seconds": 0.001, "tune": "quick"}
@@ -170,7 +204,11 @@ def test_networks_end_to_end(fake: FakeChooser) -> None:
     assert rendered in result.stdout
     assert "| Net (2x3x4x6x6) | float32 |" in rendered
     assert "Gone, bfloat16: left out" in rendered
-    assert "GiB" not in rendered  # a CPU's memory is not measured
+    assert "| GiB before" not in rendered  # a CPU's memory is not measured
+    assert "### In CUDA graphs" not in rendered
+    lines = [line for line in rendered.splitlines() if line.startswith("| Net (2x3x4x6x6) | bfloat16 |")]
+    assert [line.split(" | ")[2] for line in lines[1:3]] == ["training", "inference"]
+    assert "float32: copy 10.0 GB/s, matrix product 100 GFLOP/s" in rendered
 
 
 @pytest.mark.filterwarnings("always::g3dswap.errors.G3DSwapWarning")
@@ -230,12 +268,16 @@ def made_up() -> NetworkResults:
         "versions": {"torch": "2.13.0", "g3dswap": "0.1.0"},
         "settings": {"scale": "full", "steps": 50, "seconds": 0.5, "tune": "quick"},
     }
-    before = Side(Times.of([0.2, 0.2]), Times.of([0.05, 0.05]), [2.0, 1.0], 3 << 30)
-    after = Side(Times.of([0.1, 0.1]), Times.of([0.02, 0.02]), [2.0, 1.001], 2 << 30)
-    found = Compared(before, after, Conversion(12.3, 26, 1, 0, {"native": 3, "tuned": 75}), 10)
+    before = Side(Times.of([0.2, 0.2]), Times.of([0.05, 0.05]), [2.0, 1.0], 3 << 30, Times.of([0.18, 0.18]))
+    after = Side(Times.of([0.1, 0.1]), Times.of([0.02, 0.02]), [2.0, 1.001], 2 << 30, Times.of([0.09, 0.09]))
+    passes = [example(0.02, count=2), example(0.12, "grad_input")]
+    conversion = Conversion(12.3, 26, 1, 0, {"native": 3, "tuned": 75})
+    found = Compared(before, after, conversion, 10, passes, ["no CUDA graph of inference after: why"])
     rows = [NetworkRow("X3D-M", (16, 3, 16, 224, 224), "float32", found)]
     return NetworkResults(
-        header, [*rows, NetworkRow("MViTv2-S", (8, 3, 16, 224, 224), "float32", None, "gone.")]
+        header,
+        [*rows, NetworkRow("MViTv2-S", (8, 3, 16, 224, 224), "float32", None, "gone.")],
+        {"float32": Ceilings(3e12, {"ieee": 5e13, "tf32": 4e14})},
     )
 
 
@@ -246,16 +288,45 @@ def test_results_survive_their_file(tmp_path: Path) -> None:
     assert network_results.of_networks(tmp_path / "out.json")
     assert not network_results.of_networks(tmp_path / "none.json")
     data = load(str(tmp_path / "out.json"))
-    assert data["networks"][0]["speedup"] == {"train": 2.0, "inference": pytest.approx(2.5)}
+    assert data["networks"][0]["speedup"] == {"training": 2.0, "inference": pytest.approx(2.5)}
+    assert data["networks"][0]["speedup_graph"] == {"training": pytest.approx(2.0), "inference": None}
+    assert data["networks"][0]["share"]["training"] == pytest.approx(0.1 / 0.144)
 
 
-def test_a_table_of_networks() -> None:
-    text = network_results.section(made_up())
-    assert (
-        "| X3D-M (16x3x16x224x224) | float32 | 200 +-0% | 100 +-0% | 2.00x | 50.0 +-0% | 20.0 +-0% | 2.50x "
-        "| 3.00 | 2.00 | 1.0e-03 | 26 / 1 / 0 | 3 native, 75 tuned | 12.3 s |"
-    ) in text
+def test_tables_of_networks() -> None:
+    text = section(made_up())
+    name = "| X3D-M (16x3x16x224x224) | float32 |"
+    assert f"{name} 200 +-0% | 100 +-0% | 2.00x | 50.0 +-0% | 20.0 +-0% | 2.50x |" in text
+    assert f"{name} 180 +-0% | 90.0 +-0% | 2.00x |\n" in text  # inference has no graphs
+    assert f"{name} training | 160 | 80.0 | 16.0 | 56.0 | 69% | 36.0 | 62% |" in text
+    assert f"{name} inference | 40.0 | 20.0 | 4.00 | 14.0 | 83% |  |  |" in text
+    assert f"{name} 3.00 | 2.00 | 1.0e-03 | 26 / 1 / 0 | 3 native, 75 tuned | 12.3 s |" in text
+    assert "X3D-M, float32: no CUDA graph of inference after: why." in text
     assert "MViTv2-S, float32: gone." in text
+    said = "float32: copy 3000.0 GB/s, matrix product 50000 GFLOP/s (ieee), 400000 GFLOP/s (tf32)"
+    assert said in text
+
+
+def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """They have neither times of graphs nor of grouped layers, and their tables have none."""
+    path = tmp_path / "out.json"
+    made_up().save(path)
+    data = load(str(path))
+    del data["ceilings"]
+    for row in data["networks"][:1]:
+        del row["compared"]["passes"], row["compared"]["notes"]
+        for side in ("before", "after"):
+            del row["compared"][side]["train_graph"], row["compared"][side]["inference_graph"]
+    path.write_text(json.dumps(data))
+    text = section(NetworkResults.load(path))
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "## Whole networks, A GPU",
+        "### Launched from Python",
+        "### Conversion",
+    ]
+    committed = NetworkResults.load(COMMITTED)
+    assert len(committed.rows) == 12
+    assert "| MedNeXt-B k5 (2x1x128x128x128) | bfloat16 |" in section(committed)
 
 
 def test_layers_and_networks_are_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,4 +407,11 @@ def test_a_network_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for row in load()["networks"]:
         assert row["compared"]["before"]["memory"] > 0
         assert row["compared"]["conversion"]["swapped"] == 4
-    assert "GiB before" in succeeds("bench", "--render", "out.json")
+        assert row["compared"]["notes"] == []
+        for side in ("before", "after"):
+            found = row["compared"][side]
+            assert 0 < found["train_graph"]["seconds"] < found["train"]["seconds"]
+            assert 0 < found["inference_graph"]["seconds"] < found["inference"]["seconds"]
+        assert None not in [*row["share"].values(), *row["share_graph"].values()]
+    rendered = succeeds("bench", "--render", "out.json")
+    assert "GiB before" in rendered and "### In CUDA graphs" in rendered

@@ -15,9 +15,10 @@ from click.core import ParameterSource
 from g3dswap.arch import parse_device
 from g3dswap.bench import markdown, table, text
 from g3dswap.bench.layers import read_layers
-from g3dswap.bench.network_results import NetworkResults, of_networks, section
+from g3dswap.bench.network_results import NetworkResults, of_networks
 from g3dswap.bench.network_run import DTYPES as NETWORK_DTYPES
 from g3dswap.bench.network_run import NetworkSettings, bench_networks
+from g3dswap.bench.network_tables import section
 from g3dswap.bench.networks import SCALES, choose_networks
 from g3dswap.bench.plot import check_format, draw
 from g3dswap.bench.results import Results
@@ -80,7 +81,7 @@ FOR_NETWORKS = ("steps", "scale")
     type=click.FloatRange(0, min_open=True),
     default=0.5,
     show_default=True,
-    help="For measuring each kernel, or the inference of each network.",
+    help="For measuring each kernel, or the inference and the CUDA graphs of each network.",
 )
 @click.option(
     "--statistic",

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from g3dswap.bench.compare import KERNEL_SECONDS, compare
 from g3dswap.bench.device import agree, describe, gpu_facts, prepared
+from g3dswap.bench.measure import Ceilings, ceilings
 from g3dswap.bench.network_results import NetworkResults, NetworkRow
 from g3dswap.bench.networks import MissingPackage, Network
-from g3dswap.bench.steps import compare
 from g3dswap.errors import G3DSwapWarning
+from g3dswap.problem import dtype_name
 
 DTYPES = ("float32", "bfloat16")
 SEED = 0
@@ -29,7 +32,7 @@ class NetworkSettings:
     dtypes:  "float32", or "bfloat16" for autocast.
     scale:   of the networks and their inputs, "full" or "tiny".
     steps:   of training; each model does all of them.
-    seconds: what the inference of each model may take.
+    seconds: what the inference of each model may take, and each kind of step in a CUDA graph.
     threads: PyTorch's and the kernels'; 0: as many as PyTorch takes.
     """
 
@@ -67,10 +70,11 @@ def bench_networks(settings: NetworkSettings, output: Path, resume: bool = False
         known = {row.key for row in results.rows}
         todo = [(network, dtype) for network in settings.networks for dtype in settings.dtypes]
         todo = [(network, dtype) for network, dtype in todo if (network.name, dtype) not in known]
+        kind = settings.device.type
         with tqdm(total=len(todo), unit="run", disable=not settings.progress, dynamic_ncols=True) as bar:
             for network, dtype in todo:
                 bar.set_description_str(f"{network.name} {dtype}")
-                results.rows.append(_row(settings, network, dtype))
+                results.rows.append(_row(settings, network, dtype, partial(_ceilings, results, kind)))
                 if settings.device.type == "cuda":
                     results.header["gpu"] = gpu_facts()  # now, when its clocks are those of a busy device
                 results.save(output)
@@ -80,7 +84,17 @@ def bench_networks(settings: NetworkSettings, output: Path, resume: bool = False
     return results
 
 
-def _row(settings: NetworkSettings, network: Network, dtype: str) -> NetworkRow:
+def _ceilings(results: NetworkResults, device: str, dtype: torch.dtype) -> Ceilings:
+    """The device's for a dtype, measured where they are first wanted."""
+    known, name = results.ceilings, dtype_name(dtype)
+    if name not in known:
+        known[name] = ceilings(device, dtype, 4 * KERNEL_SECONDS)
+    return known[name]
+
+
+def _row(
+    settings: NetworkSettings, network: Network, dtype: str, limits: Callable[[torch.dtype], Ceilings]
+) -> NetworkRow:
     torch.manual_seed(SEED)
     shape = network.shape(settings.scale)
     options = {"tune": settings.tune, "cache": settings.cache, "progress": settings.progress}
@@ -94,6 +108,7 @@ def _row(settings: NetworkSettings, network: Network, dtype: str) -> NetworkRow:
             settings.steps,
             settings.seconds,
             options,
+            limits,
         )
     except MissingPackage as error:
         skipped = f"left out, for it cannot be built ({error}); pip install {network.packages}."
