@@ -100,11 +100,22 @@ template <int BYTES> static void copy(void* to, const void* from, bool some) {
   inside(to, BYTES);
   if (some) memcpy(to, from, BYTES); else memset(to, 0, BYTES);
 }
-static void copy_pair(u16* to, const u16* from, int step, bool some) {
-  aligned(to, 4);
-  inside(to, 4);
-  to[0] = some ? from[0] : 0;
-  to[1] = some ? from[step] : 0;
+template <int WIDTH> static void turn(
+    u16* to, int pitch, const u16* from, const u16* next, bool some, bool more) {
+  if (some) aligned(from, 2 * WIDTH);
+  if (more) aligned(next, 2 * WIDTH);
+  for (int i = 0; i < WIDTH; ++i) {
+    aligned(to + i * pitch, 4);
+    inside(to + i * pitch, 4);
+    to[i * pitch] = some ? from[i] : 0;
+    to[i * pitch + 1] = more ? next[i] : 0;
+  }
+}
+template <int WIDTH> static void put(u16* to, const u16* from) {
+  aligned(to, 2 * WIDTH);
+  aligned(from, WIDTH == 1 ? 2 : 4);
+  inside(from, 2 * WIDTH);
+  memcpy(to, from, 2 * WIDTH);
 }
 static void committed() {}
 template <int GROUPS> static void arrived() { __syncthreads(); }

@@ -46,13 +46,15 @@ class Dim:
 class Box:
     """dims: as the tensor has them.  order: those longer than one, outermost in the box first.
     along: those that fragments have consecutive elements of.
-    width: elements of one copy, along the innermost."""
+    width: elements of one copy, along the innermost, of which a box has whole ones.
+    turned: where that is not the tensor's innermost, elements of one load along the tensor's."""
 
     tensor: str
     dims: tuple[Dim, ...]
     order: tuple[int, ...]
     along: frozenset[int]
     width: int
+    turned: int = 1
 
     @property
     def size(self) -> int:
@@ -104,10 +106,12 @@ def box_of(
     order = sorted((d for d in range(len(dims)) if dims[d].span > 1), key=lambda d: -dims[d].stride)
     if not order or not fragment:
         raise ScheduleError(f"{access} has no side that lies in consecutive elements.")
-    if order[-1] not in fragment:  # it is turned around on its way to the box
+    nearest, size = order[-1], ITEM_BYTES[tensor.dtype]
+    width, turned = _width(dims, nearest, size), 1
+    if nearest not in fragment:  # it is turned around on its way to the box, in pairs
         order.sort(key=lambda d: d in fragment)
-    width = _width(dims, order[-1], ITEM_BYTES[tensor.dtype])
-    box = Box(access.tensor, tuple(dims), tuple(order), frozenset(fragment), width)
+        width, turned = 2, width
+    box = Box(access.tensor, tuple(dims), tuple(order), frozenset(fragment), width, turned)
     return pitched(box, [0] * (len(order) - 1), width)
 
 

@@ -19,7 +19,8 @@ MOST_UNROLLED = 8
 class _Run:
     """A loop of a copy: its steps, how far each moves in the tensor and in the box, and what is to be tested.
 
-    width: how many steps one copy brings.
+    width: how many steps one copy brings.  What lies side by side in the tensor and what does so in the box
+    may be two loops: a copy then brings a few steps of the one and a pair of the other.
     """
 
     count: int
@@ -92,19 +93,28 @@ def _goes_inside(runs: list[_Run], threads: int) -> bool:
 
 
 def _write_one(text: CudaText, tensor: str, runs: list[_Run], fixed: bool) -> None:
-    tests = ["here"] if fixed else []
-    for place, run in enumerate(runs):
-        if run.tested is not None:
-            tests.append(f"(unsigned)({text.form(run.tested.base)} + x{place}) < {run.tested.extent}u")
-    text.emit(f"const bool some = {' && '.join(tests) or 'true'};")
     to = " + ".join(f"x{place} * {run.pitch}" for place, run in enumerate(runs))
     offset = " + ".join(f"x{place} * {run.stride}" for place, run in enumerate(runs))
-    source = f"some ? from + ({offset}) : {tensor}"
-    pair = next((run for run in runs if run.width > 1), None)
-    if pair is None or pair is runs[0]:
-        text.emit(f"copy<{runs[0].width * 2}>(to + ({to}), {source}, some);")
-    else:
-        text.emit(f"copy_pair(to + ({to}), {source}, {pair.stride}, some);")
+    first, pair = runs[0], next((place for place, run in enumerate(runs) if place and run.width > 1), None)
+    text.emit(f"const bool some = {_tests(text, runs, fixed) or 'true'};")
+    if pair is None:
+        text.emit(f"copy<{first.width * 2}>(to + ({to}), some ? from + ({offset}) : {tensor}, some);")
+        return
+    text.emit(f"const bool more = {_tests(text, runs, fixed, pair) or 'true'};")
+    text.emit(f"const u16* const at = from + ({offset});")
+    text.emit(f"turn<{first.width}>(to + ({to}), {first.pitch}, at, at + {runs[pair].stride}, some, more);")
+
+
+def _tests(text: CudaText, runs: list[_Run], fixed: bool, next_of: int | None = None) -> str:
+    """Whether the tensor has an element, or the next one along a loop; "" where it always has."""
+    tests = ["here"] if fixed else []
+    for place, run in enumerate(runs):
+        step = f"x{place}{' + 1' if place == next_of else ''}"
+        if run.tested is not None:
+            tests.append(f"(unsigned)({text.form(run.tested.base)} + {step}) < {run.tested.extent}u")
+        if place == next_of and run.count % run.width:
+            tests.append(f"{step} < {run.count}")
+    return " && ".join(tests)
 
 
 def _runs(text: CudaText, box: Box, base: Linear) -> list[_Run]:
@@ -130,9 +140,10 @@ def _runs(text: CudaText, box: Box, base: Linear) -> list[_Run]:
             first.width = widest
         return runs
     for run in runs[1:]:  # what lies side by side in the box is far apart in the tensor
-        even = not any(step % 2 for step in (run.count, *(other.pitch for other in runs if other is not run)))
-        if run.pitch == 1 and run.tested is None and even:
+        even = not any(other.pitch % 2 for other in runs if other is not run)
+        if run.pitch == 1 and even and (run.count % 2 == 0 or box.width % 2 == 0):
             run.width = 2
+            first.width = math.gcd(first.count, box.turned)
     return runs
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ..errors import ScheduleError
 from .box import box_of
@@ -21,13 +22,12 @@ from .words import WARP
 
 
 class DepthProgram(Program):
-    """buffers: parts that there is room for.  own: the unrolled loops whose steps have sums of their own."""
+    """buffers: parts that there is room for."""
 
     def __init__(self, nest: Nest, warps: int, buffers: int) -> None:
         super().__init__(nest, warps)
         self.buffers = buffers
-        self.own = [i for i in self.unrolled if not nest.is_reduce(nest.loops[i].axis)]
-        self.sums = math.prod(nest.loops[i].count or 1 for i in self.own)
+        self.sums = math.prod(nest.loops[i].count or 1 for i in self.parallel)
 
     def write(self) -> None:
         lengths = self.nest.lengths
@@ -80,7 +80,7 @@ class DepthProgram(Program):
         numbers = {
             key: n
             for n, key in enumerate(
-                itertools.product(*(range(self.nest.loops[i].count or 1) for i in self.own))
+                itertools.product(*(range(self.nest.loops[i].count or 1) for i in self.parallel))
             )
         }
         others = {at: n for n, at in enumerate(dict.fromkeys(other.at(point) for point in points))}
@@ -88,7 +88,7 @@ class DepthProgram(Program):
         for point in points:
             uses.setdefault(image.at(point), []).append((numbers[self.key(point)], others[other.at(point)]))
         self.emit("#pragma unroll 1")
-        with self.block(f"for (int piece = warp; piece < {-(-deep // DEEP)}; piece += {self.warps})"):
+        with self.block(self.shares("piece", -(-deep // DEEP))):
             # `ldmatrix` takes the lines of a left operand and those of a right one in different orders.
             place = f"piece * {DEEP} + lane % 8 + lane / 16 * 8"
             self.emit(f"const int left = {f'min({place}, {deep - 1})' if deep % DEEP else place};")
@@ -124,31 +124,46 @@ class DepthProgram(Program):
                 self.emit(f"transposed(b[{number}][{col}], b[{number}][{col + 1}], {begin});")
 
     def add_up(self) -> None:
-        """Add the warps' sums up in shared memory, one warp after another."""
+        """Bring the sums to shared memory: of all warps where they are apart, else one after another adds."""
         pieces = self.sums * self.rows * self.cols
-        self.shared = max(self.shared, pieces * 4 * WARP * 4)
-        self.emit("float* all = reinterpret_cast<float*>(memory);", "#pragma unroll 1")
-        with self.block(f"for (int turn = 0; turn < {self.warps}; ++turn)"):
-            with self.block("if (warp == turn)"):
-                self.emit("#pragma unroll")
-                with self.block(f"for (int i = 0; i < {pieces * 4}; ++i)"):
-                    self.emit(f"const float own = sum[i / {self.rows * self.cols * 4}]")
-                    self.emit(f"    [i / {self.cols * 4} % {self.rows}][i / 4 % {self.cols}][i % 4];")
-                    self.emit(f"float& to = all[i * {WARP} + lane];", "to = turn ? to + own : own;")
+        self.shared = max(self.shared, pieces * 4 * WARP * 4 * (self.warps if self.apart else 1))
+        self.emit("float* all = reinterpret_cast<float*>(memory);")
+        if self.apart:
+            with self.own_sums():
+                self.emit(f"all[(warp * {pieces * 4} + i) * {WARP} + lane] = own;")
             self.emit("__syncthreads();")
+            return
+        self.emit("#pragma unroll 1")
+        with self.block(f"for (int turn = 0; turn < {self.warps}; ++turn)"):
+            with self.block("if (warp == turn)"), self.own_sums():
+                self.emit(f"float& to = all[i * {WARP} + lane];", "to = turn ? to + own : own;")
+            self.emit("__syncthreads();")
+
+    @contextmanager
+    def own_sums(self) -> Iterator[None]:
+        """A loop over the sums of a lane."""
+        self.emit("#pragma unroll")
+        with self.block(f"for (int i = 0; i < {self.sums * self.rows * self.cols * 4}; ++i)"):
+            self.emit(f"const float own = sum[i / {self.rows * self.cols * 4}]")
+            self.emit(f"    [i / {self.cols * 4} % {self.rows}][i / 4 % {self.cols}][i % 4];")
+            yield
 
     def store(self) -> None:
         spot = self.spotter.spot(self.nest.output, {})
         assert spot is not None
-        total = self.sums * self.rows * self.cols * 4 * WARP
+        pieces = self.sums * self.rows * self.cols
+        total = pieces * 4 * WARP * (self.warps if self.apart else 1)
+        names = dict.fromkeys(self.apart, f"(e / {pieces * 4 * WARP})")
         with self.block(f"for (int e = thread; e < {total}; e += {self.threads})"):
-            self.emit(f"const int owner = e % {WARP}, part = e / {WARP} % 4, piece = e / {WARP * 4};")
+            rest = f" % {pieces}" if self.apart else ""
+            self.emit(f"const int owner = e % {WARP}, part = e / {WARP} % 4, piece = e / {WARP * 4}{rest};")
             self.emit(
                 f"const int rows = piece / {self.cols} % {self.rows} * {ROWS} + part / 2 * 8 + owner / 4;"
             )
             self.emit(f"const int cols = piece % {self.cols} * {COLS} + owner % 4 * 2 + part % 2;")
-            if self.own:
+            if self.parallel:
                 self.emit(f"const int number = piece / {self.rows * self.cols};")
-                self.decode(self.own, "number")
-            value = self.finished("all[e]", {})
-            self.emit_if(self.test(spot), f"narrow({self.where(spot, None, self.shift())}, {value});")
+                self.decode(self.parallel, "number")
+            value = self.finished("all[e]", {}, names)
+            there = self.where(spot, names, self.shift())
+            self.emit_if(self.test(spot, names), f"narrow({there}, {value});")

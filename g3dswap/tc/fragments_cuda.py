@@ -87,7 +87,7 @@ class RowFragments:
             address = _address_of(program, made, program.image, points, ("rows", "depth"), unit)
             if address is not None:
                 self.box, self.unit = made, unit
-                self.row = program.part(address, program.sides["rows"])
+                self.row = program.part(address, program.sides["rows"], *program.apart)
                 self.at = program.along(address, "depth")
                 return
         raise ScheduleError(f"fragments of {program.image} are not consecutive in shared memory.")
@@ -133,7 +133,8 @@ class TapFragments:
     """Fragments of the other factor, which lies in shared memory as it does in its tensor.
 
     own: the loops inside that it depends on, the nearest elements last; their steps are its taps.
-    paired: two elements of a depth lie together, so that a fragment is read as it is; else they are laid out.
+    paired: two elements of a depth lie together, so that a fragment is read as it is.
+    laid: they do not, and warps share what is laid out of them; where warps are apart, each collects its own.
     kept: each thread has registers for all of them.
     """
 
@@ -154,10 +155,13 @@ class TapFragments:
         self.taps = math.prod(nest.loops[i].count or 1 for i in self.own)
         self.deep, self.cols = nest.lengths["depth"] // DEEP, nest.lengths["cols"] // COLS
         self.pitch = self.deep * self.cols * WARP + 1  # neighbouring threads write to different banks
-        self.laid = 0
         self.paired = self._is_paired()
+        self.laid = not self.paired and not program.apart
+        self.place = 0
         registers = self.taps * self.deep * self.cols * 2
         self.kept = not any(i in program.serial for i in self.own) and registers <= KEPT
+        if not (self.paired or self.laid or self.kept):
+            raise ScheduleError(f"a warp of its own keeps {registers} registers of {program.other}.")
 
     def _is_paired(self) -> bool:
         moves = self.program.along(self.address, "depth")
@@ -174,11 +178,10 @@ class TapFragments:
     def lay_out(self) -> None:
         """Write fragments behind each other, each in the order of lanes."""
         program = self.program
-        self.laid = program.take(self.taps * self.pitch * 8)
+        self.place = program.take(self.taps * self.pitch * 8)
         program.emit("arrived<1>();")
         with program.block():
-            program.emit(f"const u16* from = reinterpret_cast<const u16*>(memory + {self.begin});")
-            program.emit(f"uint2* to = reinterpret_cast<uint2*>(memory + {self.laid});")
+            program.emit(f"uint2* to = reinterpret_cast<uint2*>(memory + {self.place});")
             program.emit("#pragma unroll 2")
             total = self.taps * (self.pitch - 1)
             with program.block(f"for (int e = thread; e < {total}; e += {program.threads})"):
@@ -186,24 +189,36 @@ class TapFragments:
                 if self.own:
                     program.decode(self.own, "tap")
                 program.emit(f"const int owner = place % {WARP}, part = place / {WARP};")
-                program.emit(f"const int cols = part % {self.cols} * {COLS} + owner / 4;")
-                program.emit("u32 found[4];", "#pragma unroll")
-                with program.block("for (int j = 0; j < 4; ++j)"):
-                    program.emit(f"const int depth = part / {self.cols} * {DEEP} + owner % 4 * 2")
-                    program.emit(f"    + j % 2 + j / 2 * {EIGHT};")
-                    program.emit(f"found[j] = {self._if_tied(f'from[{program.form(self.address)}]')};")
-                program.emit(f"to[tap * {self.pitch} + place] =")
-                program.emit("    make_uint2(found[0] | found[1] << 16, found[2] | found[3] << 16);")
+                self._collect("owner", "part")
+                program.emit(f"to[tap * {self.pitch} + place] = make_uint2(found[0], found[1]);")
+
+    def _collect(self, owner: str, part: str) -> None:
+        """Find a lane's pairs of a fragment, each element for itself."""
+        program = self.program
+        program.emit(f"const u16* from = reinterpret_cast<const u16*>(memory + {self.begin});")
+        program.emit(f"const int cols = {part} % {self.cols} * {COLS} + {owner} / 4;")
+        program.emit("u32 found[2] = {};", "#pragma unroll")
+        with program.block("for (int j = 0; j < 4; ++j)"):
+            program.emit(f"const int depth = {part} / {self.cols} * {DEEP} + {owner} % 4 * 2")
+            program.emit(f"    + j % 2 + j / 2 * {EIGHT};")
+            element = self._if_tied(f"from[{program.form(self.address)}]")
+            program.emit(f"found[j / 2] |= u32({element}) << j % 2 * 16;")
 
     def keep(self) -> None:
         """Read all fragments into registers."""
         program = self.program
         program.emit(f"u32 other[{self.taps}][{self.deep}][{self.cols}][2];", "#pragma unroll")
         with program.block(f"for (int tap = 0; tap < {self.taps}; ++tap)"):
-            if self.paired and self.own:
+            if not self.laid and self.own:
                 program.decode(self.own, "tap")
             for step, col in itertools.product(range(self.deep), range(self.cols)):
-                self._read(f"other[tap][{step}][{col}]", "tap", {}, step, col)
+                to = f"other[tap][{step}][{col}]"
+                if self.paired or self.laid:
+                    self._read(to, "tap", {}, step, col)
+                    continue
+                with program.block():
+                    self._collect("lane", str(step * self.cols + col))
+                    program.emit(f"{to}[0] = found[0], {to}[1] = found[1];")
 
     def load(self, point: Env, step: int, col: int) -> str:
         """The name of a fragment, which is read if it is not kept."""
@@ -216,7 +231,7 @@ class TapFragments:
         program = self.program
         if not self.paired:
             place = f"({tap}) * {self.pitch} + {(step * self.cols + col) * WARP} + lane"
-            program.emit(f"unpack({to}, reinterpret_cast<const uint2*>(memory + {self.laid})[{place}]);")
+            program.emit(f"unpack({to}, reinterpret_cast<const uint2*>(memory + {self.place})[{place}]);")
             return
         for half in range(2):
             own = {
@@ -249,7 +264,7 @@ class DepthFragments:
         address = _address_of(program, self.box, access, points, ("depth", side), EIGHT)
         if address is None:
             raise ScheduleError(f"fragments of {access} are not consecutive in shared memory.")
-        self.line = program.part(address, program.sides["depth"])
+        self.line = program.part(address, program.sides["depth"], *program.apart)
         self.chunks = [2 * at for at in program.along(address, side)[::EIGHT]]
 
     def begins(self, place: str) -> str:

@@ -29,6 +29,8 @@ BANDWIDTH = 2.5e12
 """Bytes of memory in a second."""
 L2 = 3.7e12
 """Bytes of the L2 cache in a second, which what neighbouring programs copy twice comes from."""
+PIECES = 0.84e12
+"""Bytes of sectors in a second that are written where programs write a sector of a line each."""
 ARRIVAL = 2.1e-6
 """Seconds until a program's copies have arrived and its warps have met."""
 MATRIX = 2.3
@@ -89,7 +91,8 @@ class _Work:
 
     shared: bytes; registers: of a thread; busy: warps that multiply; slots: issue slots of all warps;
     products: of fragments; trips: of warps to shared memory and the L1 cache; chain: products of the same
-    sums that follow each other in one warp; arrivals: waits for copies; waits: for loads; copied: bytes.
+    sums that follow each other in one warp; arrivals: waits for copies; waits: for loads; copied: bytes;
+    pieces: bytes of sectors that results are a part of each, where no line of the cache is written whole.
     """
 
     shared: float
@@ -102,6 +105,7 @@ class _Work:
     arrivals: int
     waits: float
     copied: float
+    pieces: float = 0.0
 
 
 def cost(nest: Nest, warps: int, buffers: int = 1, batch: int = 4, room: int = MOST_SHARED) -> float:
@@ -113,7 +117,8 @@ def cost(nest: Nest, warps: int, buffers: int = 1, batch: int = 4, room: int = M
     work = _rows(nest, warps, runs) if roles_of(nest).along else _depth(nest, warps, runs, buffers)
     if work.shared > room or work.registers > HOPELESS:
         return math.inf
-    threads = min(MOST_REGISTERS, work.registers) * WARP * warps
+    most = min(MOST_REGISTERS, REGISTERS // (WARP * warps))
+    threads = min(most, work.registers) * WARP * warps
     resident = max(1, min(MOST_WARPS // warps, int(SHARED / (work.shared + 1024)), REGISTERS // threads))
     waves = max(1.0, programs / (PROCESSORS * resident))
     if waves < WHOLE_WAVES:
@@ -125,9 +130,9 @@ def cost(nest: Nest, warps: int, buffers: int = 1, batch: int = 4, room: int = M
     together = programs / PROCESSORS * each / CYCLES
     memory = max(_bytes(nest, batch) / BANDWIDTH, programs * work.copied / L2)
     *_, second, first = sorted((alone, together, memory))
-    spilled = max(1.0, work.registers / MOST_REGISTERS) ** 2
+    spilled = max(1.0, work.registers / most) ** 2
     launches = LAUNCH + (TOTAL if partials_of(nest, batch) > 1 else 0.0)
-    return launches + spilled * (first + OVERLAP * second)
+    return launches + spilled * (first + OVERLAP * second) + programs * work.pieces / PIECES
 
 
 def _bytes(nest: Nest, batch: int) -> float:
@@ -142,26 +147,31 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     tile, lengths = tile_of(nest), nest.lengths
     rows, cols, deep = -(-lengths["rows"] // ROWS), lengths["cols"] // COLS, -(-lengths["depth"] // DEEP)
     level = next(stage.level for stage in nest.stages if stage.tensor == image.tensor)
-    part = _part(nest, image, level)
+    part, groups = _part(nest, image, level), _groups(nest)
     outside = (p.count or 1 for p in nest.loops[level : nest.tile_start] if p.axis in other.axes)
     taps = footprint(nest, other, tile).elements * math.prod(outside)
-    laid = taps * deep * cols * WARP * 4
+    laid = groups * taps * deep * cols * WARP * 4
     kept = taps * deep * cols * 2 <= KEPT
     sums = accumulators_of(nest, tile) * cols
-    loads = runs * footprint(nest, image, tile).elements * deep * rows
-    products = runs * tile.terms * rows * cols * deep
-    slots = part.copies * COPY + laid / WARP * LAID + products * PRODUCT + loads + sums * rows * STORE
+    loads = groups * runs * footprint(nest, image, tile).elements * deep * rows
+    products = groups * runs * tile.terms * rows * cols * deep
+    stored = groups * sums * rows * STORE
+    slots = part.copies * COPY + laid / WARP * LAID + products * PRODUCT + loads + stored
+    beside = laid if groups == 1 else sums * ROWS * COLS * groups  # or the results that are written together
     return _Work(
-        shared=(part.elements * PADDED + laid) * part.size,
+        shared=(part.elements * PADDED + beside) * part.size,
         registers=OWN + sums * 4 + (taps * deep * cols * 2 if kept else 4),
-        busy=min(warps, rows),
-        slots=slots + (warps * taps * deep * cols if kept else 0),
+        busy=warps if groups > 1 else min(warps, rows),
+        slots=slots + (warps * taps * deep * cols if kept and groups == 1 else 0),
         products=products,
         trips=loads * 4 + (0 if kept else products * 2) + laid / WARP * SCATTER + part.bytes / LINE,
-        chain=products / rows * -(-rows // warps) / sums,
+        chain=products / sums / groups / (1 if groups > 1 else rows / -(-rows // warps)),
         arrivals=1,
         waits=part.waits(warps * WARP),
         copied=part.bytes,
+        pieces=SECTOR * sums * COLS * lengths["rows"] * max(1.0, groups * part.size / SECTOR)
+        if groups > 1
+        else 0,
     )
 
 
@@ -169,24 +179,30 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int) -> _Work:
     factors = image_and_other(nest)
     tile, lengths = tile_of(nest), nest.lengths
     rows, cols, deep = -(-lengths["rows"] // ROWS), lengths["cols"] // COLS, -(-lengths["depth"] // DEEP)
-    parts = [_part(nest, factor, nest.tile_start) for factor in factors]
+    parts, groups = [_part(nest, factor, nest.tile_start) for factor in factors], _groups(nest)
     planes, others = (footprint(nest, factor, tile).elements for factor in factors)
     sums = accumulators_of(nest, tile) * rows * cols
-    products, loads = runs * tile.terms * rows * cols * deep, runs * planes * rows * deep
+    products = groups * runs * tile.terms * rows * cols * deep
+    loads = groups * runs * planes * rows * deep
     copies = runs * sum(part.copies for part in parts)
     copied = runs * sum(part.bytes for part in parts)
     return _Work(
-        shared=max(sum(p.elements * p.size for p in parts) * PADDED * buffers, sums * 4 * WARP * 4),
+        shared=max(sum(p.elements * p.size for p in parts) * PADDED * buffers, groups * sums * 4 * WARP * 4),
         registers=OWN + sums * 4 + others * cols * 2,
-        busy=min(warps, deep),
+        busy=warps if groups > 1 else min(warps, deep),
         slots=copies * COPY + products * PRODUCT + loads + sums * 4 * warps * ADDED,
         products=products,
-        trips=loads * 4 + runs * others * cols * deep * 2 + copied / LINE,
-        chain=products / deep * -(-deep // warps) / sums,
-        arrivals=1 if buffers > 1 else runs,
+        trips=loads * 4 + groups * runs * others * cols * deep * 2 + copied / LINE,
+        chain=products / sums / groups / (1 if groups > 1 else deep / -(-deep // warps)),
+        arrivals=1 if buffers > 1 and groups == 1 else runs,
         waits=runs * sum(part.waits(warps * WARP) for part in parts),
         copied=copied,
     )
+
+
+def _groups(nest: Nest) -> int:
+    """How many steps of a batch axis a program has, one for each warp."""
+    return math.prod(p.count or 1 for p in nest.loops if p.bind == "warps")
 
 
 def _part(nest: Nest, access: Access, level: int) -> _Part:

@@ -15,18 +15,19 @@ The whole grammar::
                 an inexact division or an index outside its tensor makes the whole term zero
                 (of the output: not written); the output's indices tell all parallel axes
     replica ::= parallel axis, a first dimension of the output along which partial results are summed later
-    loop    ::= axis-digit = step * [0, count)  bind      grid | serial | unroll | lanes | rows | cols | depth
+    loop    ::= axis-digit = step * [0, count)  bind      grid | serial | unroll | warps | lanes
+                                                          | rows | cols | depth
     stage   ::= tensor inside loops[:level]               copy the footprint of the inner loops to a buffer
     pointwise ::= number | output(index, ...)             operators and functions as in the notation
                 | -pointwise | pointwise operator pointwise | function(pointwise, ...)
 
 An axis's value is the sum of its digits.  Digits may overshoot the extent (the product of counts is a
-multiple of the tile); such iterations contribute nothing and store nothing.  `unroll`, `lanes` and the
-three axes of a matrix product form the register tile, and all of them stand at the end of `loops`; an
-`unroll` further out repeats the code.  A side of a product has one loop, and a second one where it runs
-along blocks of a part.  A reduction on the grid leaves partial results, of which no function
-is to be taken: a nest with pointwise expressions has none.  An unscheduled nest has one serial loop for
-each axis.
+multiple of the tile); such iterations contribute nothing and store nothing.  `unroll`, `lanes`, the three
+axes of a matrix product and `warps`, of which each warp has a step, form the register tile, and all of them
+stand at the end of `loops`; an `unroll` further out repeats the code.  A side of a product has one loop, and
+a second one where it runs along blocks of a part.  A reduction on the grid leaves partial results, of which
+no function is to be taken: a nest with pointwise expressions has none.  An unscheduled nest has one serial
+loop for each axis.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from .linear import Linear
 from .pointwise import fault
 from .syntax import Expr, Name, Ref
 
-BINDS = ("grid", "serial", "unroll", "lanes", "rows", "cols", "depth")
-TILE_BINDS = ("unroll", "lanes", "rows", "cols", "depth")
+BINDS = ("grid", "serial", "unroll", "lanes", "rows", "cols", "depth", "warps")
+TILE_BINDS = ("unroll", "lanes", "rows", "cols", "depth", "warps")
 SIDE_BINDS = ("rows", "cols", "depth")
 VECTOR_BINDS = ("lanes", *SIDE_BINDS)
 

@@ -44,10 +44,43 @@ template <int BYTES> static __device__ __forceinline__ void copy(void* to, const
                  "r"(address(to)), "l"(from), "n"(BYTES), "r"(some ? BYTES : 0) : "memory");
   }
 }
-// Copies an element and the one so far behind it, or zeros.
-static __device__ __forceinline__ void copy_pair(u16* to, const u16* from, int step, bool some) {
-  const u32 low = some ? from[0] : 0, high = some ? from[step] : 0;
-  *reinterpret_cast<u32*>(to) = low | high << 16;
+template <int WIDTH> struct Wide;
+template <> struct Wide<2> { typedef u32 type; };
+template <> struct Wide<4> { typedef uint2 type; };
+template <> struct Wide<8> { typedef uint4 type; };
+template <int WIDTH> union Elements {
+  typename Wide<WIDTH>::type whole;
+  u32 pairs[WIDTH / 2];
+};
+// Turns so many elements from each of two places around, or zeros: rows of pairs, `pitch` elements apart.
+template <int WIDTH>
+static __device__ __forceinline__ void turn(
+    u16* to, int pitch, const u16* from, const u16* next, bool some, bool more) {
+  if constexpr (WIDTH == 1) {
+    const u32 low = some ? *from : 0, high = more ? *next : 0;
+    *reinterpret_cast<u32*>(to) = low | high << 16;
+  } else {
+    typedef typename Wide<WIDTH>::type Word;
+    Elements<WIDTH> low = {}, high = {};
+    if (some) low.whole = *reinterpret_cast<const Word*>(from);
+    if (more) high.whole = *reinterpret_cast<const Word*>(next);
+#pragma unroll
+    for (int i = 0; i < WIDTH / 2; ++i) {
+      *reinterpret_cast<u32*>(to + 2 * i * pitch) = __byte_perm(low.pairs[i], high.pairs[i], 0x5410);
+      *reinterpret_cast<u32*>(to + (2 * i + 1) * pitch) = __byte_perm(low.pairs[i], high.pairs[i], 0x7632);
+    }
+  }
+}
+// Writes so many elements, which lie together in shared memory, as one word.
+template <int WIDTH> static __device__ __forceinline__ void put(u16* to, const u16* from) {
+  if constexpr (WIDTH == 1) {
+    *to = *from;
+  } else {
+    Elements<WIDTH> found;
+#pragma unroll
+    for (int i = 0; i < WIDTH / 2; ++i) found.pairs[i] = reinterpret_cast<const u32*>(from)[i];
+    *reinterpret_cast<typename Wide<WIDTH>::type*>(to) = found.whole;
+  }
 }
 // Ends a group of copies.
 static __device__ __forceinline__ void committed() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -46,7 +46,7 @@ class _Printer(CopyPrinter):
     def __init__(self, nest: Nest) -> None:
         super().__init__(nest)
         binds = [loop.bind for loop in nest.loops]
-        if {"rows", "cols", "depth"} & set(binds) or binds.count("lanes") > 1:
+        if {"rows", "cols", "depth", "warps"} & set(binds) or binds.count("lanes") > 1:
             raise ScheduleError(f"C++ has one axis of lanes and no matrix unit, not [{', '.join(binds)}].")
         if tied := [access for access in nest.accesses if access.ties]:
             raise ScheduleError(f"C++ has no packed axes, but {tied[0]} has one; leave it unpacked.")

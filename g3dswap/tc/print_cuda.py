@@ -40,7 +40,7 @@ def print_cuda(nest: Nest, warps: int, buffers: int = 1) -> str:
     ScheduleError: the schedule has no meaning for this target (no product of half types, no image in shared
     memory, sides that are no multiple of a fragment's, fragments that are not consecutive, ...).
     """
-    _check(nest)
+    _check(nest, warps)
     program: Program = (
         DepthProgram(nest, warps, buffers) if _sums_positions(nest) else RowsProgram(nest, warps)
     )
@@ -77,7 +77,7 @@ def _sums_positions(nest: Nest) -> bool:
     return any(nest.axis(name).extent is None for name in other.axes)
 
 
-def _check(nest: Nest) -> None:
+def _check(nest: Nest, warps: int) -> None:
     """The rules of this target."""
     dtype, lengths = nest.tensors[0].dtype, nest.lengths
     sides = [p.bind for p in nest.loops if p.bind in SIDE_BINDS]
@@ -91,6 +91,10 @@ def _check(nest: Nest) -> None:
         )
     if lengths["cols"] % COLS:
         raise ScheduleError(f"{lengths['cols']} cols are no multiple of {COLS}.")
+    apart = [p for p in nest.loops if p.bind == "warps"]
+    if apart and ([p.count for p in apart] != [warps] or nest.is_reduce(apart[0].axis)):
+        steps = " x ".join(str(p.count) for p in apart)
+        raise ScheduleError(f"{steps} steps of {apart[0].axis} are not one for each of {warps} warps.")
     staged = {stage.tensor for stage in nest.stages}
     image, other = image_and_other(nest)
     wanted = {image.tensor, *([other.tensor] if _sums_positions(nest) else [])}

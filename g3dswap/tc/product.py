@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from .nest import SIDE_BINDS, Nest
-from .roles import image_and_other, roles_of, sides
+from .roles import image_and_other, nearest_last, roles_of, sides
 from .schedule import Digit, Schedule, fused_name, rewritten
 from .skew import Skew, patch_name
 from .space_cpp import phases, reduces
@@ -26,7 +26,8 @@ class Product:
     split: reductions whose outer digit is on the grid, and how many steps of them a program makes.
     stages, ahead: how far ahead Triton begins the loads of a loop, and the printer those of a product.
     across: whether neighbouring lanes load the words of neighbouring blocks, or those of one block.
-    staged: whether what is read at shifted positions is copied to shared memory first."""
+    staged: whether what is read at shifted positions is copied to shared memory first.
+    apart: a batch axis of which each warp has a step."""
 
     rows: Side
     cols: Side
@@ -40,6 +41,7 @@ class Product:
     ahead: int
     across: bool = False
     staged: bool = False
+    apart: Tile = ()
 
     @property
     def sides(self) -> dict[str, Side]:
@@ -58,8 +60,10 @@ class Product:
         names = list(dict.fromkeys(fused_name(_group(groups, a.name)) for a in whole.axes))
         inside = [fused_name(serial)] if serial else []
         reductions = [n for n in names if reduces(whole, n) and n not in inside] + inside
-        digits = [Digit(n, None, "grid") for n in names if not reduces(whole, n) or n in split]
+        grid = nearest_last(whole, (n for n in names if not reduces(whole, n) or n in split))
+        digits = [Digit(n, None, "grid") for n in grid]
         digits += [Digit(n, split.get(n), "serial") for n in reductions if split.get(n) != 1]
+        digits += [Digit(a, c, "warps") for a, c in self.apart]
         digits += [Digit(a, c, "unroll") for a, c in self.tile if a not in own]
         digits += [
             Digit(fused_name(axes), count // math.prod(self.words.get(a, 1) for a in axes), bind)
@@ -115,7 +119,8 @@ class Product:
         across = bool(schedule.hint("across", 0))
         rows, cols, depth = sides["rows"], sides["cols"], sides["depth"]
         staged = bool(schedule.stage)
-        return cls(rows, cols, depth, schedule.pack, schedule.skew, tile, grid, *hints, across, staged)
+        apart = tuple((d.axis, d.count or 1) for d in schedule.digits if d.bind == "warps")
+        return cls(rows, cols, depth, schedule.pack, schedule.skew, tile, grid, *hints, across, staged, apart)
 
 
 def _group(groups: list[tuple[str, ...]], axis: str) -> tuple[str, ...]:

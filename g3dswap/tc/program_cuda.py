@@ -33,6 +33,8 @@ class Program(CudaText):
     """What both forms of a product in shared memory have in common.
 
     serial, unrolled: the loops inside, those of one step left out.
+    parallel: the unrolled ones whose steps have sums of their own.
+    apart: the variable of the loop of which each warp has a step; without one, warps share the positions.
     """
 
     def __init__(self, nest: Nest, warps: int) -> None:
@@ -41,6 +43,8 @@ class Program(CudaText):
         self.image, self.other = image_and_other(nest)
         self.serial = [i for i, p in enumerate(nest.loops) if p.bind == "serial" and p.count != 1]
         self.unrolled = [i for i, p in enumerate(nest.loops) if p.bind == "unroll" and i >= nest.tile_start]
+        self.parallel = [i for i in self.unrolled if not nest.is_reduce(nest.loops[i].axis)]
+        self.apart = tuple(f"v{i}" for i, p in enumerate(nest.loops) if p.bind == "warps")
         self.result = nest.tensor(nest.output.tensor)
         self.shared = 0
 
@@ -53,6 +57,8 @@ class Program(CudaText):
         real = [i for i in self.grid if self.nest.loops[i].count != 1]
         if real:
             self.decode(real, "blockIdx.x")
+        for own in self.apart:
+            self.emit(f"const int {self.names[own]} = warp;")
         partial = "0"
         for i in self.nest.partial_loops:
             partial = f"({partial}) * {self.count(i)} + {self.names[f'v{i}'] if i in real else 0}"
@@ -63,6 +69,11 @@ class Program(CudaText):
         """Copy a box to shared memory, as a group of copies of its own."""
         write_copy(self, box, to, self.threads)
         self.emit("committed();")
+
+    def shares(self, name: str, count: int) -> str:
+        """The head of a warp's loop over its part of so many steps: all of them where warps are apart."""
+        first, step = ("0", 1) if self.apart else ("warp", self.warps)
+        return f"for (int {name} = {first}; {name} < {count}; {name} += {step})"
 
     def emit_if(self, test: str, statement: str) -> None:
         self.emit(f"if ({test}) {statement}" if test else statement)
@@ -87,9 +98,7 @@ class Program(CudaText):
 
     def key(self, point: Env) -> Key:
         """Which sum a point of the unrolled loops adds to."""
-        return tuple(
-            point[f"v{i}"] for i in self.unrolled if not self.nest.is_reduce(self.nest.loops[i].axis)
-        )
+        return tuple(point[f"v{i}"] for i in self.parallel)
 
     def check_size(self, registers: int, products: int) -> None:
         """ScheduleError: sums in so many registers of a thread or so many unrolled products are too much."""

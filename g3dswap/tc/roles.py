@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .nest import Access, Nest
@@ -39,6 +41,24 @@ def batches(nest: Nest) -> list[str]:
     image, other = image_and_other(nest)
     shared = image.axes & other.axes & nest.output.axes
     return [axis.name for axis in nest.axes if axis.name in shared and (axis.extent or 1) > 1][:1]
+
+
+def nearest_last(nest: Nest, names: Iterable[str]) -> list[str]:
+    """Axes, flattened ones among them, by how far apart their steps lie in the image, else in the result.
+
+    In this order on the grid, programs that run at a time share what comes from memory together.
+    """
+    image, _ = image_and_other(nest)
+
+    def step(name: str) -> int:
+        axis = name.rsplit("*", 1)[-1]  # the last of those that are flattened
+        access = image if axis in image.axes else nest.output
+        if nest.extent(axis) is None:
+            return sys.maxsize
+        strides = nest.tensor(access.tensor).strides
+        return min((abs(i.coefficient(axis)) * s for i, s in zip(access.indices, strides) if axis in i.axes))
+
+    return sorted(names, key=step, reverse=True)
 
 
 def added(access: Access) -> set[str]:

@@ -6,14 +6,19 @@ keeps the kernel's fragments in registers, where they fit, and reads those of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 from ..errors import ScheduleError
-from .box import box_of
+from .box import WIDEST, box_of
 from .fragments_cuda import RowFragments, TapFragments
 from .linear import Linear
 from .place import Env
 from .program_cuda import COLS, DEEP, ROWS, Key, Program
+from .words import ITEM_BYTES
+
+GAP = 2
+"""Elements between the results of two positions, so that those of a warp lie in different banks."""
 
 
 class RowsProgram(Program):
@@ -30,12 +35,12 @@ class RowsProgram(Program):
         self.check_size(len(sums) * taps.cols * 4, len(points) * taps.deep * taps.cols)
         self.copy(raw, f"memory + {taps.begin}")
         self.copy(image.box, f"memory + {start}")
-        if not taps.paired:
+        if taps.laid:
             taps.lay_out()
         self.emit("arrived<0>();")
         if taps.kept:
             taps.keep()
-        with self.block(f"for (int tile = warp; tile < {-(-lengths['rows'] // ROWS)}; tile += {self.warps})"):
+        with self.block(self.shares("tile", -(-lengths["rows"] // ROWS))):
             image.begin(start)
             self.emit(f"float sum[{len(sums)}][{taps.cols}][4] = {{}};")
             self.emit("u32 a[4];" if taps.kept else "u32 a[4], b[2];")
@@ -81,29 +86,78 @@ class RowsProgram(Program):
                         self.emit(f"multiply(sum[{number}][{col}], a, {taps.load(point, step, col)});")
 
     def store(self, sums: Mapping[Key, Env], cols: int) -> None:
-        length, shift = self.nest.lengths["rows"], self.shift()
+        width = self.together(sums)
+        if width:
+            self.store_together(sums, cols, width)
+            return
+        shift = self.shift()
         following = {self.sides["cols"]: "(cols + 1)"}
+        for _, point, first, second in self.results(sums, cols):
+            spot = self.spotter.spot(self.nest.output, point)
+            assert spot is not None
+            there = self.where(spot, None, shift)
+            if self.is_paired(spot):
+                self.emit_if(self.test(spot), f"narrow2({there}, {first}, {second});")
+                continue
+            self.emit_if(self.test(spot), f"narrow({there}, {first});")
+            there = self.where(spot, following, shift)
+            self.emit_if(self.test(spot, following), f"narrow({there}, {second});")
+
+    def results(self, sums: Mapping[Key, Env], cols: int) -> Iterator[tuple[int, Env, str, str]]:
+        """Write a loop over a lane's results of a tile; of each pair in it the sum, the point, the values."""
+        length, following = self.nest.lengths["rows"], {self.sides["cols"]: "(cols + 1)"}
         self.emit("#pragma unroll")
         with self.block("for (int half = 0; half < 2; ++half)"):
             self.emit(f"const int rows = tile * {ROWS} + lane / 4 + half * 8;")
             if length % ROWS:
                 self.emit(f"if (rows >= {length}) continue;")
             for number, point in enumerate(sums.values()):
-                spot = self.spotter.spot(self.nest.output, point)
-                assert spot is not None
-                together = self.is_paired(spot)
                 for col in range(cols):
                     value = f"sum[{number}][{col}][half * 2"
                     with self.block():
                         self.emit(f"const int cols = {col * COLS} + lane % 4 * 2;")
                         first = self.finished(f"{value}]", point)
-                        second = self.finished(f"{value} + 1]", point, following)
-                        if together:
-                            self.emit_if(
-                                self.test(spot),
-                                f"narrow2({self.where(spot, None, shift)}, {first}, {second});",
-                            )
-                            continue
-                        self.emit_if(self.test(spot), f"narrow({self.where(spot, None, shift)}, {first});")
-                        there = self.where(spot, following, shift)
-                        self.emit_if(self.test(spot, following), f"narrow({there}, {second});")
+                        yield number, point, first, self.finished(f"{value} + 1]", point, following)
+
+    def together(self, sums: Mapping[Key, Env]) -> int:
+        """How many warps' results of a position are one word of memory; 0 where each warp writes its own."""
+        width = WIDEST // ITEM_BYTES[self.result.dtype]
+        for point in sums.values() if self.apart else ():
+            spot, own = self.spotter.spot(self.nest.output, point), self.apart[0]
+            assert spot is not None
+            if self.part(spot.address, own) != Linear(0, ((own, 1),)):
+                return 0
+            guards = [guard for guard in spot.guards if self.part(guard.value, own).terms]
+            forms = [spot.address, *(guard.value for guard in guards)]
+            steps = [self.warps, *(guard.extent for guard in guards)]
+            steps += [
+                step for form in forms for step in (form.const, *(c for s, c in form.terms if s != own))
+            ]
+            width = math.gcd(width, *steps)
+        return width if self.apart else 0
+
+    def store_together(self, sums: Mapping[Key, Env], cols: int, width: int) -> None:
+        """Collect the warps' results of a tile in shared memory, and write words of them."""
+        places, words = ROWS * cols * COLS, self.warps // width
+        pitch = self.warps + GAP
+        begin = self.take(len(sums) * places * pitch * 2)
+        self.emit(f"u16* const results = reinterpret_cast<u16*>(memory + {begin});")
+        self.emit("__syncthreads();  // those of the tile before are written")
+        for number, _, first, second in self.results(sums, cols):
+            line = f"({number * ROWS} + lane / 4 + half * 8) * {cols * COLS} + cols"
+            self.emit(f"u16* const to = results + ({line}) * {pitch} + warp;")
+            self.emit(f"narrow(to, {first});", f"narrow(to + {pitch}, {second});")
+        self.emit("__syncthreads();")
+        with self.block(f"for (int e = thread; e < {places * words}; e += {self.threads})"):
+            self.emit(f"const int word = e % {words} * {width}, place = e / {words};")
+            self.emit(f"const int cols = place % {cols * COLS};")
+            self.emit(f"const int rows = tile * {ROWS} + place / {cols * COLS};")
+            if self.nest.lengths["rows"] % ROWS:
+                self.emit(f"if (rows >= {self.nest.lengths['rows']}) continue;")
+            self.emit(f"const u16* const from = results + place * {pitch} + word;")
+            names = {self.apart[0]: "word"}
+            for number, point in enumerate(sums.values()):
+                spot = self.spotter.spot(self.nest.output, point)
+                assert spot is not None
+                put = f"put<{width}>({self.where(spot, names)}, from + {number * places * pitch});"
+                self.emit_if(self.test(spot, names), put)

@@ -3,6 +3,7 @@
 There every shift is a constant in an address, so that a product may be skewed along two axes, its rows be any
 number of whole lines, and a fragment of few channels be the patch of a block of positions.  Positions are the
 rows, or the depth in a gradient in the kernel; the sides of the kernel and windows of planes are unrolled.
+Where neighbours in memory are single channels of other groups, each warp of a program has a group.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ APART = 1.6
 WINDOWS = (1, 2, 4, 8)
 WARPS = (1, 2, 3, 4, 6, 8)
 FEW_WARPS = (2, 4, 8)
+GROUPS = (2, 4, 8, 16)
+WASTED = 1.2
+"""Groups of a program, one for each warp, and how many times as many as there are they may be."""
 PROGRAMS = 150, 400, 1200
 """How many programs a split reduction is to give: each writes all of its sums."""
 PRODUCTS = 1024
@@ -142,12 +146,15 @@ def _rank(nest: Nest, form: Form) -> float:
         return math.inf
     roles = roles_of(whole)
     near, positions = _nearest(whole), {*roles.positions}
-    if not all((roles.image, roles.other, roles.depth)) or not near & {*positions, *roles.channels}:
+    apart = _apart(whole)
+    if not all((roles.image, roles.other, roles.depth)):
+        return math.inf
+    if not near & {*positions, *roles.channels} and not apart:
         return math.inf
     deep, taps = _steps(whole, roles.channels), _steps(whole, sides(whole))
     # Of channels that lie together, a program reads those of several groups.
     words = max((skew.word for skew in form[1]), default=1) if near & positions else deep
-    width = min(WIDEST // 2, words)
+    width = min(WIDEST // 2, words if not apart else max(math.gcd(WIDEST // 2, n) for _, n in apart))
     copied = COPIED / width * _steps(nest, roles_of(nest).channels) / _steps(nest, roles_of(nest).other)
     return taps * -(-deep // DEEP) * DEEP / (ROWS * DEEP * COLS) * MULTIPLIED + copied
 
@@ -173,6 +180,7 @@ def _products(nest: Nest, roles: Roles, form: Form, thorough: bool) -> Iterator[
     taps = tuple((a, nest.extent(a) or 1) for a in sides(nest) if (nest.extent(a) or 1) > 1)
     unrolled = [taps] if roles.along else [taps[start:] for start in range(min(3, len(taps) + 1))]
     groups = _groups(nest, form) if roles.along else [()]
+    apart = _apart(nest)
     for place, outside in _places(nest, roles, thorough):
         blocks = tuple((a, p) for a, p in phases(nest).items() if a in place[0])
         choices = itertools.product(unrolled, _windows(nest, outside), groups, shares)
@@ -182,9 +190,14 @@ def _products(nest: Nest, roles: Roles, form: Form, thorough: bool) -> Iterator[
             if not _is_small(nest, tile, rows, share, depth, roles.along):
                 continue
             most = -(-place[1] // ROWS)
-            for split in splits(nest, (rows, share, depth), tile, PROGRAMS) if not roles.along else [()]:
+            inside = (*tile, *apart[-1:])
+            for split in splits(nest, (rows, share, depth), inside, PROGRAMS) if not roles.along else [()]:
                 made = Product(rows, share, depth, *form, tile, split, 1, 1, 0, staged=True)
                 buffers = (1, 2) if not roles.along and made.loops(nest) else (1,)
+                for (axis, count), stages in itertools.product(apart, buffers):
+                    yield replace(made, warps=count, stages=stages, apart=((axis, count),))
+                if apart:
+                    continue
                 for warps, stages in itertools.product(WARPS if thorough else FEW_WARPS, buffers):
                     if warps <= most or warps == min(FEW_WARPS):
                         yield replace(made, warps=warps, stages=stages)
@@ -232,13 +245,23 @@ def _groups(nest: Nest, form: Form) -> list[Tile]:
     image, _ = image_and_other(nest)
     found: list[Tile] = [()]
     near = _nearest(nest)
-    if form[0] or not near or near & {*roles_of(nest).positions}:
+    if form[0] or not near or near & {*roles_of(nest).positions} or _apart(nest):
         return found
     together = _steps(nest, [*near]) * ITEM_BYTES[nest.tensor(image.tensor).dtype]
     for axis in batches(nest):
         whole = (count for count in (2, 4) if (nest.extent(axis) or 1) % count == 0)
         found += [((axis, count),) for count in whole if together * count <= 2 * WIDEST]
     return found
+
+
+def _apart(nest: Nest) -> list[tuple[str, int]]:
+    """The batch axis and numbers of its steps, one for each warp, where it is what is near in memory."""
+    axes = _nearest(nest)
+    if len(axes) != 1 or not axes <= {*batches(nest)}:
+        return []
+    (axis,) = axes
+    extent = nest.extent(axis) or 1
+    return [(axis, count) for count in GROUPS if -(-extent // count) * count <= WASTED * extent]
 
 
 def _is_small(nest: Nest, tile: Tile, rows: Side, cols: Side, depth: Side, along: bool) -> bool:

@@ -15,8 +15,10 @@ from g3dswap.errors import ArgumentError, ScheduleError
 from g3dswap.problem import ACTIVATIONS, Geometry, Problem
 from g3dswap.tc.kernel import Kernel, build, show
 from g3dswap.tc.nest import Nest
+from g3dswap.tc.print_cpp import print_cpp
+from g3dswap.tc.print_triton import print_triton
 from g3dswap.tc.product import Product
-from g3dswap.tc.schedule import Schedule
+from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space_staged import families
 from tests.emulated import emulated
 from tests.geometries import TOLERANCE, Case, error, expected, operands
@@ -34,6 +36,7 @@ GEOMETRIES = {
     "strided": Geometry(16, 16, 2, (4, 9, 12), (3, 3, 3), (2, 2, 2), (1, 1, 1)),
     "dilated": Geometry(16, 16, 1, (3, 9, 9), (3, 3, 3), (1, 1, 1), (2, 2, 2), (2, 2, 2)),
     "a multiplier": Geometry(4, 8, 4, (3, 6, 16), (3, 3, 3), padding=(1, 1, 1)),
+    "many single channels": Geometry(24, 24, 24, (3, 6, 13), (5, 5, 5), padding=(2, 2, 2)),
 }
 
 
@@ -113,15 +116,13 @@ def test_random_geometries(case: Case) -> None:
 def test_each_kind_of_layer_has_products(direction: str, name: str, layout: str) -> None:
     problem = problem_of(direction, GEOMETRIES[name], layout, bias=True)
     found = products(nest_of(problem))
-    depthwise = problem.geometry.in_channels == problem.geometry.groups
     few = name in ("strided", "dilated") and layout == "contiguous" and direction != "forward"
     if not found:
-        # In channels_last_3d, neighbours of a single channel are other groups; some others have no fragments.
-        assert (
-            (depthwise and layout == "channels_last_3d")
-            or few
-            or (name == "strided" and direction == "grad_input")
-        )
+        # In channels_last_3d, three groups would leave a warp of four idle; some others have no fragments.
+        last = layout == "channels_last_3d"
+        three = last and problem.geometry.groups == 3
+        several = last and name == "a multiplier" and direction == "grad_weight"
+        assert three or several or few or (name == "strided" and direction == "grad_input")
         return
     random.Random(name + direction).shuffle(found)
     assert checked(Case(problem, 2, 0), found, most=40) is not None
@@ -146,6 +147,32 @@ def test_a_program_has_several_groups_whose_channels_lie_together(direction: str
     problem = problem_of(direction, GEOMETRIES["four channels a group"], "channels_last_3d")
     found = [p for p in products(nest_of(problem)) if ("g", 4) in p.tile]
     assert checked(Case(problem, 2, 3), found, most=40) is not None
+
+
+@pytest.mark.parametrize(("channels", "word"), [(32, 8), (54, 2), (20, 4), (23, 1)])
+@pytest.mark.parametrize("direction", PASSES)
+def test_warps_have_a_group_each(direction: str, channels: int, word: int) -> None:
+    """What they read lies side by side, and comes and goes in words of as many channels as are aligned."""
+    geometry = Geometry(channels, channels, channels, (2, 5, 9), (3, 3, 3), padding=(1, 1, 1))
+    problem = problem_of(direction, geometry, "channels_last_3d", bias=True)
+    found = [p for p in products(nest_of(problem)) if p.apart == (("g", 8),)]
+    random.Random(channels).shuffle(found)
+    kernel = checked(Case(problem, 2, 6), found, most=40)
+    assert kernel is not None
+    assert f" turn<{word}>(" in kernel.source
+    assert (f" put<{word}>(" in kernel.source) == (direction != "grad_weight")
+
+
+def test_what_no_warps_can_share_is_refused() -> None:
+    nest = nest_of(problem_of("forward", GEOMETRIES["many single channels"], "channels_last_3d"))
+    product = next(p for p in products(nest) if p.apart == (("g", 8),))
+    with pytest.raises(ScheduleError, match="8 steps of g are not one for each of 4 warps"):
+        emulated(nest, replace(product, warps=4).schedule(nest))
+    scheduled = apply(nest, replace(product, warps=8).schedule(nest))
+    with pytest.raises(ScheduleError, match="Triton has no loops over warps"):
+        print_triton(replace(scheduled, stages=(), _by_name={}))
+    with pytest.raises(ScheduleError, match="C\\+\\+ has one axis of lanes"):
+        print_cpp(scheduled)
 
 
 @pytest.mark.parametrize("name", ["depthwise 5x5x5", "sixteen channels a group", "four channels a group"])

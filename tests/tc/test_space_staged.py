@@ -17,6 +17,7 @@ from g3dswap.comprehensions import nest as nest_of
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc import compile_cuda, model_staged, space
 from g3dswap.tc.print_cuda import is_cuda
+from g3dswap.tc.roles import nearest_last
 from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space import Space
 from g3dswap.tc.space_staged import FORMS, families, forms
@@ -71,14 +72,42 @@ def test_what_does_not_fit_on_the_gpu_is_not_proposed(monkeypatch: pytest.Monkey
     assert not any(map(is_cuda, Space(nest, "triton").ranked(64, random.Random(0))))
 
 
-def test_only_half_types_and_neighbouring_channels() -> None:
+def test_only_half_types() -> None:
     layer = Geometry(32, 32, 32, (8, 16, 16), (3, 3, 3), padding=(1, 1, 1))
     half = problem_of("forward", layer)
     assert forms(nest_of(half))
     assert len(forms(nest_of(half))) <= FORMS
     assert not list(families(nest_of(replace(half, dtype=torch.float32))))
-    apart = [form for form in forms(nest_of(problem_of("forward", layer, "channels_last_3d"))) if not form[0]]
-    assert not apart  # what a program reads of one channel has no neighbours there
+
+
+@pytest.mark.parametrize(
+    ("channels", "wanted"), [(32, {2, 4, 8, 16}), (54, {2, 4, 8, 16}), (24, {2, 4, 8}), (3, set())]
+)
+@pytest.mark.parametrize("direction", PASSES)
+def test_warps_have_a_group_each_where_neighbours_are_other_groups(
+    direction: str, channels: int, wanted: set[int]
+) -> None:
+    layer = Geometry(channels, channels, channels, (4, 8, 16), (5, 5, 5), padding=(2, 2, 2))
+    found = every(families(nest_of(problem_of(direction, layer, "channels_last_3d"))))
+    assert {count for p in found if not p.pack for _, count in p.apart} == wanted
+    assert all(p.apart == (("g", p.warps),) for p in found if not p.pack)
+    assert not any(p.apart for p in every(families(nest_of(problem_of(direction, layer)))))
+
+
+@pytest.mark.usefixtures("with_nvrtc")
+def test_groups_of_warps_are_mutated() -> None:
+    layer, rng = Geometry(16, 16, 16, (24, 24, 24), (7, 7, 7), padding=(3, 3, 3)), random.Random(0)
+    found = Space(nest_of(problem_of("forward", layer, "channels_last_3d")), "triton")
+    schedule = next(s for s in found.ranked(64, rng) if is_cuda(s))
+    walk(found, schedule, rng, lambda s: is_cuda(s) and any(d.bind == "warps" for d in s.digits))
+
+
+def test_the_grid_runs_along_what_is_near_in_memory() -> None:
+    layer = Geometry(32, 32, 32, (8, 16, 16), (3, 3, 3), padding=(1, 1, 1))
+    wanted = {"contiguous": ["n", "g", "t", "h*w"], "channels_last_3d": ["n", "t", "h*w", "g"]}
+    for layout, order in wanted.items():
+        nest = nest_of(problem_of("forward", layer, layout))
+        assert nearest_last(nest, ("h*w", "g", "n", "t")) == order
 
 
 def measured(layer: dict[str, Any]) -> list[tuple[float, float]]:
