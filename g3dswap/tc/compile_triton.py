@@ -99,14 +99,6 @@ def _ask_worker(request: Message, compiler: str, timeout: float) -> None:
         raise CompileError(f"{compiler} cannot compile a kernel: {answer['failed']}")
 
 
-def expect(kernels: int) -> None:
-    """Say how many are asked for at once: if one has to be compiled, workers for all of them are started.
-
-    A worker takes a second to start, in which it would keep waiting who asks for it alone.
-    """
-    _workers.expected = min(kernels, cores())
-
-
 class _Workers:
     """The idle workers; there are never more than cores."""
 
@@ -114,13 +106,10 @@ class _Workers:
         self.module = module
         self.idle: list[Child] = []
         self.places = threading.BoundedSemaphore(cores())
-        self.expected = 0
         self.taking = threading.Lock()
 
     def take(self) -> Child:
         with self.taking:  # or two threads would want the last idle one
-            expected, self.expected = self.expected, 0
-            self.idle += [self.start() for _ in range(expected - len(self.idle))]
             while self.idle:
                 worker = self.idle.pop()
                 if worker.usable:
@@ -138,10 +127,7 @@ class _Workers:
             raise NoCompilerError(str(error)) from error
 
     def give(self, worker: Child) -> None:
-        if len(self.idle) < cores():
-            self.idle.append(worker)
-        else:  # others were started meanwhile, for those who were expected
-            worker.kill()
+        self.idle.append(worker)
 
 
 _workers = _Workers()

@@ -135,11 +135,6 @@ def prepare(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) 
         _RUNTIMES[target].prepare(*stage, timeout)
 
 
-def expect(target: str, kernels: int) -> None:
-    """Say how many kernels threads are about to `prepare` at once; 0 when they are through."""
-    _RUNTIMES[target].expect(kernels)
-
-
 def _stages(nest: Nest, schedule: Schedule, target: str) -> tuple[tuple[Nest, Schedule], ...]:
     """The scheduled nests of a schedule's kernels with their schedules, in the order of launches."""
     if target not in TARGETS:

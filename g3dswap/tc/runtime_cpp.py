@@ -114,10 +114,6 @@ def path_of(nest: Nest, schedule: Schedule) -> Path:
     return folder() / f"{digest(recipe(nest, schedule, 'cpp'), version(), *FLAGS)}.so"
 
 
-def expect(kernels: int) -> None:
-    """Say how many kernels are about to be prepared: nothing that a C++ compiler could use."""
-
-
 def _first_run_program() -> Path:
     """The program that runs a kernel for the first time."""
     return built(first_run.SOURCE, first_run.FLAGS, first_run.LIBRARIES, PROGRAM_SECONDS)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from ..errors import CompileError, NoCompilerError, ScheduleError, described
-from . import compile_triton
 from .compile_triton import Job, compiled, loaded
 from .launch import Entry, Launch
 from .nest import Nest
@@ -71,11 +70,6 @@ def prepare(nest: Nest, schedule: Schedule, timeout: float) -> None:
         _printed(nest, schedule)
     else:
         compiled(_job(nest, schedule), timeout)
-
-
-def expect(kernels: int) -> None:
-    """Say how many kernels are about to be prepared."""
-    compile_triton.expect(kernels)
 
 
 def _job(nest: Nest, schedule: Schedule) -> Job:

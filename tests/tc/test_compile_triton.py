@@ -240,21 +240,6 @@ def test_a_worker_serves_many_kernels_and_several_work_at_once() -> None:
     assert first in pids() and len(pids()) <= compile_triton.cores()
 
 
-def test_workers_for_all_that_is_expected_start_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_triton, "cores", lambda: 3)
-    compiled(job(0), 60)
-    (first,) = pids()
-    compile_triton.expect(5)
-    compiled(job(0), 60)  # which is there
-    assert pids() == [first]
-    compiled(job(1), 60)
-    assert first in pids() and len(set(pids())) == 3
-    for number in (2, 3):
-        compile_triton.expect(2)
-        compiled(job(number), 60)
-    assert len(set(pids())) == 3
-
-
 def test_what_triton_refuses_is_a_compile_error_and_costs_no_worker() -> None:
     with pytest.raises(
         CompileError, match=r"^Triton cannot compile a kernel: .*num_warps must be a power of 2"
