@@ -18,9 +18,9 @@ import torch
 from g3dswap import comprehensions
 from g3dswap.errors import CompileError, ProcessError, ScheduleError
 from g3dswap.problem import Geometry, Problem
-from g3dswap.tc import compile_cuda, compile_triton, objects, recipe
+from g3dswap.tc import compile_cuda, compile_triton, objects, recipe, runtime_triton
 from g3dswap.tc.compile_triton import Job, compiled
-from g3dswap.tc.kernel import show
+from g3dswap.tc.kernel import prepare, show
 from g3dswap.tc.print_cuda import shared_bytes
 from g3dswap.tc.schedule import Digit, Schedule, apply
 from g3dswap.tc.space_staged import families
@@ -189,6 +189,22 @@ def test_a_kernel_is_printed_where_it_is_compiled(usual_workers: None) -> None:
     assert Path(files["kernel.cubin"]).read_bytes()[:4] == b"\x7fELF"
     text = (objects.folder() / f"{wanted.name}.py").read_text()
     assert "@triton.jit" in text and str(wanted.nest).splitlines()[0] in text
+
+
+def test_on_the_way_to_a_worker_nothing_is_printed(
+    usual_workers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the sum of partial results, which is a kernel of its own."""
+    nest = comprehensions.nest(Problem("grad_weight", Geometry(2, 2, 2, (1, 2, 8), (1, 1, 1))))
+    digits = [Digit(a.name, None, "grid" if a.name == "n" or not a.reduce else "serial") for a in nest.axes]
+    digits.sort(key=lambda digit: digit.bind)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(runtime_triton, "_job", lambda nest, schedule: Job(nest, schedule, H100))
+    monkeypatch.setattr(sys.modules["g3dswap.tc.source"], "print_triton", lambda *_: pytest.fail("prints"))
+    for _ in range(2):
+        prepare(nest, Schedule((*digits, Digit("w", 8, "lanes"))), "triton")
+        assert len(list(objects.folder().glob("*.cubin"))) == 2
+        monkeypatch.setattr(compile_triton, "_ask_worker", lambda *_: pytest.fail("compiles again"))
 
 
 def test_a_worker_imports_neither_pytorch_nor_numpy() -> None:
