@@ -242,7 +242,7 @@ def emulated(nest: Nest, schedule: Schedule) -> Kernel:
     """The kernel of a nest and a schedule; ScheduleError: it does not print."""
     scheduled = apply(nest, schedule)
     source = print_cuda(scheduled, schedule.hint("warps", 4), schedule.hint("stages", 1))
-    return Kernel(scheduled, schedule, source, Emulated(scheduled, schedule, source))
+    return Kernel(scheduled, schedule, "triton", Emulated(scheduled, schedule, source))
 
 
 def _emulated(nest: Nest, source: str) -> str:

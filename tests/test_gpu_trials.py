@@ -18,11 +18,11 @@ from g3dswap.problem import DIRECTIONS, Geometry, Problem
 from g3dswap.remote import RemoteWorkload
 from g3dswap.tc import compile_triton, objects, runtime_triton
 from g3dswap.tc.cache import Cache
-from g3dswap.tc.kernel import show
 from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.trial import TunerConfig
 from g3dswap.tc.tuner import tune
 from g3dswap.workload import PassWorkload
+from tests import texts
 
 pytestmark = pytest.mark.gpu
 
@@ -58,10 +58,9 @@ def workload() -> Iterator[RemoteWorkload]:
 def spoil(workload: RemoteWorkload, schedule: Schedule, text: str) -> None:
     """Let a schedule's kernel do something else."""
     nest = apply(workload.nest, schedule)
-    job = runtime_triton._job(nest, schedule, show(workload.nest, schedule, "triton"))
-    path = objects.folder() / f"{objects.digest(text)}.py"
-    path.write_text(text)
-    wanted = compile_triton.compiled(replace(job, path=str(path), text=text), 60)
+    job = runtime_triton._job(nest, schedule)
+    with texts.workers():
+        wanted = compile_triton.compiled(texts.of_text(job, text), 60)
     for name, place in compile_triton.compiled(job, 60).items():
         shutil.copyfile(wanted[name], place)
         objects.seal(Path(place))

@@ -95,17 +95,6 @@ def test_no_more_than_cores_are_compiled_at_a_time(
     assert compiler.channels == [2, 3, 4]
 
 
-def test_compilers_know_how_many_are_wanted_while_they_are(
-    cache: Cache, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[object] = []
-    monkeypatch.setattr(kernel, "expect", lambda target, kernels: said.append((target, kernels)))
-    compiler.during = lambda: said.append("compiles")
-    monkeypatch.setattr(workload, "cores", lambda: 1)
-    chooser(cache).prepare(WANTED)
-    assert said == [("cpp", 3), *["compiles"] * 3, ("cpp", 0)]
-
-
 def test_what_compiles_longest_is_begun_first(
     cache: Cache, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,8 +25,7 @@ from g3dswap.problem import Geometry, Problem
 from g3dswap.remote import RemoteWorkload
 from g3dswap.tc import children, objects, runtime_cpp
 from g3dswap.tc.cache import Cache
-from g3dswap.tc.kernel import show
-from g3dswap.tc.schedule import Schedule
+from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.trial import TunerConfig
 from g3dswap.tc.tuner import tune
 from g3dswap.workload import PassWorkload
@@ -67,8 +66,7 @@ def workload() -> Iterator[RemoteWorkload]:
 
 def spoil(workload: RemoteWorkload, schedule: Schedule, body: str) -> None:
     """Let a schedule's kernel do something else."""
-    text = show(workload.nest, schedule, "cpp")
-    path = objects.folder() / f"{objects.digest(text, runtime_cpp.version(), *runtime_cpp.FLAGS)}.so"
+    path = runtime_cpp.path_of(apply(workload.nest, schedule), schedule)
     command = [runtime_cpp.compiler(), "-shared", "-fPIC", "-O0", "-x", "c++", "-", "-o", str(path)]
     program = f'extern "C" int run(void**, void*, long, int) {{ {body} return 0; }}'
     subprocess.run(command, input=program, text=True, check=True)

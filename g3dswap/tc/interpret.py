@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from ..errors import NestError
 from .buffers import Buffer, Flat, make_buffer
+from .evaluate import evaluate
 from .linear import Linear
 from .nest import Access, Nest, digits
-from .pointwise import evaluate
 
 CHUNK = 1 << 20
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +52,14 @@ class Kernel:
 
     nest: Nest
     schedule: Schedule
-    source: str
+    target: str
     launch: Launch
     total: Kernel | None = None
+
+    @property
+    def source(self) -> str:
+        """Its text, which is printed for whoever asks: a kernel that was compiled before has not been."""
+        return source(self.nest, self.schedule, self.target)
 
     def __call__(self, *operands: torch.Tensor, out: torch.Tensor) -> None:
         if len(operands) != self._arity:
@@ -105,11 +109,11 @@ def show(nest: Nest, schedule: Schedule, target: str) -> str:
 
     ScheduleError: the schedule does not fit the nest or the target.
     """
-    return "\n\n".join(stage.source for stage in _stages(nest, schedule, target))
+    return "\n\n".join(source(*stage, target) for stage in _stages(nest, schedule, target))
 
 
 def build(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) -> Kernel:
-    """Print, compile and load a kernel; a source that was compiled before is only loaded.
+    """Print, compile and load a kernel; what was compiled before is only loaded.
 
     Thread-safe.  Raises ScheduleError (no such kernel), CompileError (the compiler failed or took
     longer than `timeout` seconds), ProcessError (a C++ kernel crashed or hung in its first run, which is
@@ -117,8 +121,7 @@ def build(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) ->
     """
     found: Kernel | None = None
     for stage in reversed(_stages(nest, schedule, target)):  # each is given the next
-        launch = _RUNTIMES[target].load(stage.nest, stage.schedule, stage.source, timeout)
-        found = Kernel(stage.nest, stage.schedule, stage.source, launch, found)
+        found = Kernel(*stage, target, _RUNTIMES[target].load(*stage, timeout), found)
     assert found is not None
     return found
 
@@ -129,43 +132,15 @@ def prepare(nest: Nest, schedule: Schedule, target: str, timeout: float = 60.0) 
     Errors are those of `build`.
     """
     for stage in _stages(nest, schedule, target):
-        _RUNTIMES[target].prepare(stage.nest, stage.schedule, stage.source, timeout)
+        _RUNTIMES[target].prepare(*stage, timeout)
 
 
-def expect(target: str, kernels: int) -> None:
-    """Say how many kernels threads are about to `prepare` at once; 0 when they are through."""
-    _RUNTIMES[target].expect(kernels)
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A scheduled nest and its source."""
-
-    nest: Nest
-    schedule: Schedule
-    source: str
-
-
-_printing = threading.Lock()
-
-
-def _stages(nest: Nest, schedule: Schedule, target: str) -> tuple[_Stage, ...]:
-    """What is compiled for a schedule, in the order of launches."""
-    # Threads that print at once all end late. One after another, the first compiles while others are printed.
-    with _printing:
-        return _printed(nest, schedule, target)
-
-
-@functools.lru_cache(maxsize=64)  # a `build` follows a `prepare`, and printing takes its time
-def _printed(nest: Nest, schedule: Schedule, target: str) -> tuple[_Stage, ...]:
+def _stages(nest: Nest, schedule: Schedule, target: str) -> tuple[tuple[Nest, Schedule], ...]:
+    """The scheduled nests of a schedule's kernels with their schedules, in the order of launches."""
     if target not in TARGETS:
         raise ArgumentError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}.")
     scheduled = apply(nest, schedule)
-    stages = [_Stage(scheduled, schedule, source(scheduled, schedule, target))]
-    if target == "cpp":
-        return tuple(stages)
-    second = totals.total(scheduled)
-    if second is not None:
-        summing = apply(*second)
-        stages.append(_Stage(summing, second[1], source(summing, second[1], target)))
-    return tuple(stages)
+    second = None if target == "cpp" else totals.total(scheduled)
+    if second is None:
+        return ((scheduled, schedule),)
+    return (scheduled, schedule), (apply(*second), second[1])

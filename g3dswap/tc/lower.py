@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..errors import NotationError
+from .evaluate import simplified
 from .nest import Access, Axis, Index, Nest, Tensor, verify
-from .pointwise import simplified
 from .ranges import Range, affine, bind
 from .syntax import Binary, Comprehension, Expr, Ref, Statement
 

@@ -19,8 +19,13 @@ STALE_SECONDS = 86400.0
 """Nothing is compiled for a day."""
 
 
+_writable: set[Path] = set()  # the folders that were tried
+
+
 def folder() -> Path:
     """Where compiled objects lie; made with mode 0700. A temporary folder where that cannot be written.
+
+    Whether it can be is tried once in a process, and again after something could not be made in it.
 
     CompileError: the folder belongs to somebody else or others may write to it, so that what is in it
     could be anybody's code.
@@ -29,9 +34,11 @@ def folder() -> Path:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = path.stat()
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(bytes(ROOM))  # it can be written, and is not full
-            file.flush()
+        if path not in _writable:
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(bytes(ROOM))  # it can be written, and is not full
+                file.flush()
+            _writable.add(path)
     except OSError:
         return _private()
     if state.st_uid != os.getuid() or state.st_mode & 0o022:
@@ -60,14 +67,28 @@ def _private() -> Path:
 
 
 @contextlib.contextmanager
+def workshop(place: Path) -> Iterator[Path]:
+    """A new folder inside of one for compiled objects, which is gone afterwards.
+
+    What fails in it may be the disk's fault: `folder` then looks at the disk again.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=place) as made:
+            _sweep(place, os.stat(made).st_mtime)
+            yield Path(made)
+    except BaseException:
+        _writable.clear()
+        raise
+
+
+@contextlib.contextmanager
 def scratch(path: Path) -> Iterator[Path]:
     """Where an object is to be made; if the block ends well, it is moved to its path and sealed."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as place:
-        _sweep(path.parent, os.stat(place).st_mtime)
-        made = Path(place, path.name)
+    with workshop(path.parent) as place:
+        made = place / path.name
         yield made
         os.replace(made, path)
-    seal(path)
+        seal(path)
 
 
 _swept: set[Path] = set()

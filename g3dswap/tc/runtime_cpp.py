@@ -11,6 +11,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +25,16 @@ from .children import run
 from .launch import Entry, Launch
 from .nest import Nest
 from .objects import digest, folder, intact, scratch
+from .recipe import recipe
 from .schedule import Schedule
+from .source import source
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC", "-w")
 VERSION_SECONDS = 30.0
 PROGRAM_SECONDS = 20.0
 FIRST_RUN_SECONDS = 0.5  # at least, even if compiling took all the time there was
+
+_printing = threading.Lock()
 
 
 @functools.cache
@@ -81,29 +86,32 @@ def _processor() -> str:
     return f"{platform.machine()} {hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
-def load(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Launch:
-    """What launches a printed kernel."""
-    return _Launcher(prepare(nest, schedule, source, timeout), len(nest.operands), nest.name)
+def load(nest: Nest, schedule: Schedule, timeout: float) -> Launch:
+    """What launches the kernel of a scheduled nest."""
+    return _Launcher(prepare(nest, schedule, timeout), len(nest.operands), nest.name)
 
 
-def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Path:
-    """The shared object of a kernel, compiled unless it was before, and not loaded.
+def prepare(nest: Nest, schedule: Schedule, timeout: float) -> Path:
+    """The shared object of a scheduled nest's kernel, compiled unless it was before, and not loaded.
 
     An object that was compiled has also been run once, in a process of its own.
     """
-    del schedule  # everything is in the source
-    command, deadline = compiler(), time.monotonic() + timeout
-    path = folder() / f"{digest(source, version(), *FLAGS)}.so"
+    command, path = compiler(), path_of(nest, schedule)
     if not intact(path):
+        # Threads that print at once all end late. One after another, the first compiles while others print.
+        with _printing:
+            text = source(nest, schedule, "cpp")
+        deadline = time.monotonic() + timeout
         with scratch(path) as made:
-            _compile([command, *FLAGS], source, made, timeout)
+            _compile([command, *FLAGS], text, made, timeout)
             program = _first_run_program()
             first_run.check(program, made, nest, max(deadline - time.monotonic(), FIRST_RUN_SECONDS))
     return path
 
 
-def expect(kernels: int) -> None:
-    """Say how many kernels are about to be prepared: nothing that a C++ compiler could use."""
+def path_of(nest: Nest, schedule: Schedule) -> Path:
+    """Where the shared object of a scheduled nest's kernel is, or will be."""
+    return folder() / f"{digest(recipe(nest, schedule, 'cpp'), version(), *FLAGS)}.so"
 
 
 def _first_run_program() -> Path:

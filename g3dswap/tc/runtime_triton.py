@@ -1,4 +1,4 @@
-"""Imports printed Triton kernels, compiles them for the current GPU and launches them.
+"""Has kernels compiled for the current GPU, loads and launches them.
 
 With TRITON_INTERPRET=1 in the environment before Triton is imported, kernels run on CPU tensors in
 Triton's interpreter, slowly; this is how they are tested without a GPU.
@@ -17,15 +17,16 @@ from typing import Any
 import torch
 
 from ..errors import CompileError, NoCompilerError, ScheduleError, described
-from . import compile_triton
-from .compile_triton import Job, compiled, dtype_pointers, import_kernel, loaded
+from .compile_triton import Job, compiled, loaded
 from .launch import Entry, Launch
 from .nest import Nest
 from .objects import digest, folder, intact, scratch
-from .print_cuda import is_cuda, shared_bytes
+from .print_cuda import is_cuda
+from .recipe import recipe
 from .schedule import Schedule
-from .triton_text import parts
+from .source import source
 from .words import ALIGNMENT
+from .worker_triton import import_kernel
 
 try:
     import triton
@@ -50,76 +51,45 @@ def require() -> None:
         raise NoCompilerError("kernels for this device need Triton, which is missing; pip install triton.")
 
 
-def load(nest: Nest, schedule: Schedule, source: str, timeout: float) -> Launch:
-    """What launches a printed kernel, compiled for the current device.
+def load(nest: Nest, schedule: Schedule, timeout: float) -> Launch:
+    """What launches the kernel of a scheduled nest, compiled for the current device.
 
-    NoCompilerError: no Triton or no GPU.  CompileError: the kernel does not compile, in time.
+    NoCompilerError: no Triton or no GPU.  ScheduleError: there is no such kernel.  CompileError: it does not
+    compile, in time.
     """
     require()
     if triton.knobs.runtime.interpret:
-        if is_cuda(schedule):
-            raise CompileError("Triton's interpreter runs no CUDA C++.")
-        return _Interpreted(import_kernel(str(_written(source))), Programs(nest))
-    return _Launcher(Programs(nest), partial(_job, nest, schedule, source), timeout)
+        return _Interpreted(import_kernel(_printed(nest, schedule)), Programs(nest))
+    return _Launcher(Programs(nest), partial(_job, nest, schedule), timeout)
 
 
-def prepare(nest: Nest, schedule: Schedule, source: str, timeout: float) -> None:
+def prepare(nest: Nest, schedule: Schedule, timeout: float) -> None:
     """Compile a kernel for the current device, for a later `load` here or elsewhere; errors are the same."""
     require()
     if triton.knobs.runtime.interpret:
-        _written(source)
+        _printed(nest, schedule)
     else:
-        compiled(_job(nest, schedule, source), timeout)
+        compiled(_job(nest, schedule), timeout)
 
 
-def expect(kernels: int) -> None:
-    """Say how many kernels are about to be prepared."""
-    compile_triton.expect(kernels)
-
-
-def _job(nest: Nest, schedule: Schedule, source: str) -> Job:
+def _job(nest: Nest, schedule: Schedule) -> Job:
     """What is to be compiled for the current device."""
     if not torch.cuda.is_available():
         raise NoCompilerError("Triton has no GPU to compile for; set TRITON_INTERPRET=1 to run without one.")
-    result = nest.tensor(nest.output.tensor).dtype
-    compute = "float64" if result == "float64" else "float32"
-    dtypes = [nest.tensor(name).dtype for name in nest.operands]
-    dtypes.append(compute if nest.partial_counts else result)
     with _target_lock:
         found = triton.runtime.driver.active.get_current_target()
-    options = {"num_warps": schedule.hint("warps", 4), "num_stages": schedule.hint("stages", 2)}
-    target = (found.backend, found.arch, found.warp_size)
-    types = dtype_pointers(dtypes)
+    return Job(nest, schedule, (found.backend, found.arch, found.warp_size))
+
+
+def _printed(nest: Nest, schedule: Schedule) -> Path:
+    """The file of a printed kernel in the folder of compiled objects, where the interpreter finds it."""
     if is_cuda(schedule):
-        return Job(str(_written(source, ".cu")), source, types, target, options, True, shared_bytes(source))
-    single = _is_single(nest, options["num_warps"] * found.warp_size)
-    return Job(str(_written(source)), source, types, target, options, single)
-
-
-def _is_single(nest: Nest, threads: int) -> bool:
-    """Whether no thread has two elements that one load could bring.
-
-    Those of a tensor lie in aligned pairs only if all its steps are even.
-    """
-    if any(loop.bind == "depth" for loop in nest.loops):
-        return False
-    lanes = [loop for loop in nest.loops if loop.bind == "lanes"]
-    if math.prod(loop.count or 1 for loop in lanes) <= threads:
-        return True
-    along = frozenset[str]().union(*(parts(nest, loop.axis) for loop in lanes))
-    spread = [nest.tensor(access.tensor) for access in nest.accesses if access.axes & along]
-    return not any(
-        all(step % 2 == 0 for extent, step in zip(tensor.shape, tensor.strides) if extent != 1 and step != 1)
-        for tensor in spread
-    )
-
-
-def _written(source: str, suffix: str = ".py") -> Path:
-    """The file of a printed kernel in the folder of compiled objects, where its compiler finds it."""
-    path = folder() / f"{digest(source, version())}{suffix}"
+        raise CompileError("Triton's interpreter runs no CUDA C++.")
+    path = folder() / f"{digest(recipe(nest, schedule, 'interpreter'), version())}.py"
     if not intact(path):
+        text = source(nest, schedule, "triton")
         with scratch(path) as made:
-            made.write_text(source, encoding="utf-8")
+            made.write_text(text, encoding="utf-8")
     return path
 
 

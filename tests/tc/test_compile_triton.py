@@ -13,29 +13,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from g3dswap import comprehensions
-from g3dswap.errors import CompileError, ProcessError
+from g3dswap.errors import CompileError, ProcessError, ScheduleError
 from g3dswap.problem import Geometry, Problem
-from g3dswap.tc import compile_cuda, compile_triton, objects
-from g3dswap.tc.compile_triton import Job, compiled, dtype_pointers
-from g3dswap.tc.kernel import show
+from g3dswap.tc import compile_cuda, compile_triton, objects, recipe, runtime_triton
+from g3dswap.tc.compile_triton import Job, compiled
+from g3dswap.tc.kernel import prepare, show
 from g3dswap.tc.print_cuda import shared_bytes
-from g3dswap.tc.schedule import Schedule
+from g3dswap.tc.schedule import Digit, Schedule, apply
 from g3dswap.tc.space_staged import families
-from g3dswap.tc.trial import COMPILE_ERROR, COMPILE_TIMEOUT, category
+from g3dswap.tc.trial import COMPILE_ERROR, COMPILE_TIMEOUT, ILLEGAL, category
 from tests.tc.test_print_cuda import GEOMETRIES, problem_of
+from tests.texts import ENDLESS, of_text, workers
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton comes with ptxas on Linux only")
 
+H100 = ("cuda", 90, 32)
 TEXT = """
 import triton
 import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["batch"])
-def kernel(x, out, batch):
+def kernel(x, weight, out, batch):
     i = tl.program_id(0) * 16 + tl.arange(0, 16)
     tl.store(out + i, tl.load(x + i, mask=i < batch) * FACTOR, mask=i < batch)
 """
@@ -52,20 +55,29 @@ def own_objects(fresh_cache: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    workers = compile_triton._Workers()
-    monkeypatch.setattr(compile_triton, "_workers", workers)
-    yield
-    for worker in workers.idle:
-        worker.kill()
+def own_workers() -> Iterator[None]:
+    """They compile texts."""
+    with workers():
+        yield
+
+
+@pytest.fixture
+def usual_workers() -> Iterator[None]:
+    """They print what they compile."""
+    with workers("g3dswap.tc.worker_triton"):
+        yield
+
+
+def printed(dtype: torch.dtype = torch.float32, lanes: int = 8, **hints: int) -> Job:
+    """A small kernel that multiplies."""
+    nest = comprehensions.nest(Problem("forward", Geometry(2, 2, 2, (1, 2, 8), (1, 1, 1)), dtype))
+    digits = [Digit(a.name, None, "serial" if a.reduce else "grid") for a in nest.axes]
+    schedule = Schedule((*digits, Digit("w", lanes, "lanes")), hints=tuple(hints.items()))
+    return Job(apply(nest, schedule), schedule, H100)
 
 
 def job(factor: int = 2, text: str = TEXT, warps: int = 1) -> Job:
-    text = text.replace("FACTOR", str(factor))
-    path = objects.folder() / f"{objects.digest(text)}.py"
-    path.write_text(text)
-    types = dtype_pointers(["float32", "bfloat16"])
-    return Job(str(path), text, types, ("cuda", 90, 32), {"num_warps": warps, "num_stages": 1})
+    return of_text(printed(warps=warps, stages=1), text.replace("FACTOR", str(factor)))
 
 
 def pids() -> list[int]:
@@ -85,26 +97,26 @@ def test_what_triton_loads_is_what_it_would_have_compiled_itself() -> None:
     """In a process where kernels are no interpreted ones."""
     wanted = job(warps=2)
     files = compiled(wanted, 60)
+    path = objects.folder() / f"{wanted.name}.py"
     program = (
-        "import json, sys, triton; from g3dswap.tc import compile_triton as c; path, types, files = "
-        "json.loads(sys.argv[1]); source = c.source(c.import_kernel(path), types); "
-        "made = c.loaded(c.Job(path, '', types, ('cuda', 90, 32), {}), files); "
-        "target = made.metadata.target; "
+        "import json, sys, pathlib, triton; from g3dswap.tc import compile_triton as c, recipe; "
+        "from g3dswap.tc import worker_triton as w; path, text, files = json.loads(sys.argv[1]); "
+        "job = c.Job(*recipe.read(text)); made = c.loaded(job, files); target = made.metadata.target; "
+        "source = w.ast_source(w.import_kernel(pathlib.Path(path)), w.argument_types(job.nest)); "
         "again = triton.compile(source, target=target, options={'num_warps': 2, 'num_stages': 1}); "
         "same = lambda k: {**k.metadata._asdict(), 'hash': ''} | {'size': len(k.kernel)}; "
         "assert same(again) == same(made), (same(again), same(made)); "
-        "assert again.asm['ttir'].count('tt.divisibility = 16') == 2; "
+        "assert again.asm['ttir'].count('tt.divisibility = 16') == 3; "
         "print(target.arch, made.metadata.num_warps, made.metadata.shared, made.name)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(objects.folder() / "t")}
-    text = compile_triton.json.dumps([wanted.path, wanted.types, files])
-    command = [sys.executable, "-c", program, text]
+    command = [sys.executable, "-c", program, json.dumps([str(path), wanted.recipe, files])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["90", "2", "0", "kernel"], done.stderr
 
 
-def test_layouts_that_need_no_search_are_those_that_it_finds() -> None:
+def test_layouts_that_need_no_search_are_those_that_it_finds(tmp_path: Path) -> None:
     """The tile of a depthwise layer, a lane to each thread: the same machine code, as often as one asks."""
     geometry = Geometry(8, 8, 8, (4, 14, 14), (3, 3, 3), padding=(1, 1, 1))
     digits = (
@@ -114,16 +126,23 @@ def test_layouts_that_need_no_search_are_those_that_it_finds() -> None:
     )
     how = {"digits": digits.split("|"), "fuse": [["h", "w"]], "stage": [], "hints": {"warps": 2}}
     nest = comprehensions.nest(Problem("forward", geometry, device="cuda"))
-    text = show(nest, Schedule.from_json(how), "triton")
-    path = objects.folder() / "layer.py"
-    path.write_text(text)
-    types = dtype_pointers(["float32"] * 3)
-    first = Job(str(path), text, types, ("cuda", 90, 32), {"num_warps": 2, "num_stages": 1})
-    codes = []
-    for number, single in enumerate((False, True, False, True)):
-        again = replace(first, single=single, types=(*types[:-1], "i64" if number > 1 else "i32"))
-        codes.append(Path(compiled(again, 60)["kernel.cubin"]).read_bytes())
-    assert codes[0] == codes[1] != codes[2] == codes[3]
+    path = tmp_path / "layer.py"
+    path.write_text(show(nest, Schedule.from_json(how), "triton"))
+    program = (
+        "import hashlib, pathlib, sys; from g3dswap.tc import worker_triton as w; "
+        "path, scratch = map(pathlib.Path, sys.argv[1:]); options = {'num_warps': 2, 'num_stages': 1}\n"
+        "for single in (False, True, False, True):\n"
+        "    w._compile_triton(path, ('*fp32',) * 3 + ('i32',), ('cuda', 90, 32), options, single, scratch)\n"
+        "    print(hashlib.sha256((scratch / 'kernel.cubin').read_bytes()).hexdigest(), end=' ')\n"
+        "    print(w.triton._C.libtriton.passes.ttgpuir.add_coalesce is w._coalesce(), end=' ')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_ALWAYS_COMPILE": "1"}
+    command = [sys.executable, "-c", program, str(path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    codes, searched = done.stdout.split()[::2], done.stdout.split()[1::2]
+    assert len(set(codes)) == 1, done.stderr
+    assert searched == ["True", "False"] * 2
 
 
 def test_nothing_is_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,18 +164,83 @@ def test_a_damaged_object_is_compiled_again() -> None:
 
 
 def test_whatever_the_binary_depends_on_is_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = job()
+    base = printed()
     others = [
+        job(),
         job(3),
-        job(warps=2),
-        replace(base, types=dtype_pointers(["float32", "float32"])),
+        printed(warps=2),
+        printed(dtype=torch.bfloat16),
+        printed(lanes=4),
         replace(base, target=("cuda", 80, 32)),
-        replace(base, single=True),
     ]
+    assert printed().name == base.name
     names = {base.name, *(other.name for other in others)}
-    assert len(names) == 6
+    assert len(names) == 7
+    monkeypatch.setattr(recipe, "GENERATOR", "another")
+    names.add(printed().name)
     monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
-    assert base.name not in names
+    names.add(printed().name)
+    assert len(names) == 9
+
+
+def test_a_kernel_is_printed_where_it_is_compiled(usual_workers: None) -> None:
+    wanted = printed()
+    files = compiled(wanted, 60)
+    assert Path(files["kernel.cubin"]).read_bytes()[:4] == b"\x7fELF"
+    text = (objects.folder() / f"{wanted.name}.py").read_text()
+    assert "@triton.jit" in text and str(wanted.nest).splitlines()[0] in text
+
+
+def test_on_the_way_to_a_worker_nothing_is_printed(
+    usual_workers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the sum of partial results, which is a kernel of its own."""
+    nest = comprehensions.nest(Problem("grad_weight", Geometry(2, 2, 2, (1, 2, 8), (1, 1, 1))))
+    digits = [Digit(a.name, None, "grid" if a.name == "n" or not a.reduce else "serial") for a in nest.axes]
+    digits.sort(key=lambda digit: digit.bind)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(runtime_triton, "_job", lambda nest, schedule: Job(nest, schedule, H100))
+    monkeypatch.setattr(sys.modules["g3dswap.tc.source"], "print_triton", lambda *_: pytest.fail("prints"))
+    for _ in range(2):
+        prepare(nest, Schedule((*digits, Digit("w", 8, "lanes"))), "triton")
+        assert len(list(objects.folder().glob("*.cubin"))) == 2
+        monkeypatch.setattr(compile_triton, "_ask_worker", lambda *_: pytest.fail("compiles again"))
+
+
+def test_a_worker_imports_neither_pytorch_nor_numpy() -> None:
+    """It would take several times as long to start."""
+    package = Path(compile_triton.__file__).parent.parent
+    program = (
+        "import sys, types; root = sys.modules['g3dswap'] = types.ModuleType('g3dswap'); "
+        "root.__path__ = [sys.argv[1]]; import g3dswap.tc.worker_triton; print(*sys.modules)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program, str(package)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    modules = set(done.stdout.split())
+    assert "g3dswap.tc.print_triton" in modules and not {"torch", "numpy"} & modules
+
+
+def test_what_does_not_print_is_a_schedule_error(usual_workers: None) -> None:
+    """The printer's own, with all its lines."""
+    refused = printed(lanes=1 << 17)
+    with pytest.raises(ScheduleError) as here:
+        show(refused.nest.unscheduled(), refused.schedule, "triton")
+    with pytest.raises(ScheduleError) as there:
+        compiled(refused, 60)
+    assert str(there.value) == str(here.value) and category(there.value) == ILLEGAL
+    compiled(printed(), 60)
+    assert len(pids()) == 1  # it costs no worker
+
+
+def test_a_worker_with_other_code_prints_nothing(
+    usual_workers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be stored as what this process's code prints."""
+    monkeypatch.setattr(recipe, "GENERATOR", "another")
+    with pytest.raises(CompileError, match="files of g3dswap have changed since this process began"):
+        compiled(printed(), 60)
+    assert not [path for path in objects.folder().iterdir() if path.is_file()]
 
 
 def test_a_worker_serves_many_kernels_and_several_work_at_once() -> None:
@@ -170,21 +254,6 @@ def test_a_worker_serves_many_kernels_and_several_work_at_once() -> None:
     for thread in threads:
         thread.join()
     assert first in pids() and len(pids()) <= compile_triton.cores()
-
-
-def test_workers_for_all_that_is_expected_start_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_triton, "cores", lambda: 3)
-    compiled(job(0), 60)
-    (first,) = pids()
-    compile_triton.expect(5)
-    compiled(job(0), 60)  # which is there
-    assert pids() == [first]
-    compiled(job(1), 60)
-    assert first in pids() and len(set(pids())) == 3
-    for number in (2, 3):
-        compile_triton.expect(2)
-        compiled(job(number), 60)
-    assert len(set(pids())) == 3
 
 
 def test_what_triton_refuses_is_a_compile_error_and_costs_no_worker() -> None:
@@ -224,6 +293,20 @@ def test_a_worker_that_dies_is_a_compile_error() -> None:
     compiled(job(2), 60)
 
 
+@pytest.mark.parametrize("how", ["killed", "late"])
+def test_a_worker_may_end_while_it_prints(how: str) -> None:
+    compiled(job(1), 60)
+    (worker,) = pids()
+    if how == "killed":
+        timer = threading.Timer(0.5, os.kill, [worker, signal.SIGKILL])
+        timer.start()
+    with pytest.raises(CompileError) as caught:
+        compiled(job(text=ENDLESS), 60 if how == "killed" else 0.3)
+    assert category(caught.value) == (COMPILE_ERROR if how == "killed" else COMPILE_TIMEOUT)
+    assert pids() == [] and not [path for path in objects.folder().iterdir() if path.is_dir()]
+    compiled(job(2), 60)
+
+
 def test_a_worker_that_died_meanwhile_is_replaced() -> None:
     compiled(job(1), 60)
     (worker,) = pids()
@@ -236,28 +319,26 @@ def test_a_worker_that_died_meanwhile_is_replaced() -> None:
 needs_nvrtc = pytest.mark.skipif(not compile_cuda.is_installed(), reason="needs NVRTC and its bindings")
 
 
-@needs_nvrtc
-def test_cuda_is_compiled_beside_what_triton_says_of_an_empty_kernel(tmp_path: Path) -> None:
+def staged() -> Job:
     nest = comprehensions.nest(problem_of("forward", GEOMETRIES["depthwise 5x5x5"]))
-    product = next(p for first, _ in families(nest) for p in first)
-    text = show(nest, product.schedule(nest), "triton")
-    path = tmp_path / "kernel.cu"
-    path.write_text(text)
-    types = dtype_pointers(["bfloat16"] * 3)
-    options = {"num_warps": 3, "num_stages": 1}
-    files = compiled(Job(str(path), text, types, ("cuda", 90, 32), options, True, shared_bytes(text)), 60)
+    schedule = next(p for first, _ in families(nest) for p in first).schedule(nest)
+    return Job(apply(nest, schedule), schedule, H100)
+
+
+@needs_nvrtc
+def test_cuda_is_compiled_beside_what_triton_says_of_an_empty_kernel(usual_workers: None) -> None:
+    wanted = staged()
+    files = compiled(wanted, 60)
     said = json.loads(Path(files["kernel.json"]).read_text())
-    assert (said["name"], said["num_warps"], said["shared"]) == ("kernel", 3, shared_bytes(text))
+    shared = shared_bytes((objects.folder() / f"{wanted.name}.cu").read_text())
+    warps = wanted.schedule.hint("warps", 4)
+    assert (said["name"], said["num_warps"], said["shared"]) == ("kernel", warps, shared)
     assert Path(files["kernel.cubin"]).read_bytes()[:4] == b"\x7fELF"
 
 
 @needs_nvrtc
-def test_what_nvrtc_refuses_is_said(tmp_path: Path) -> None:
-    path = tmp_path / "kernel.cu"
-    path.write_text("not C++")
-    made = Job(
-        str(path), "not C++", dtype_pointers(["bfloat16"]), ("cuda", 90, 32), {"num_warps": 1}, True, 0
-    )
+def test_what_nvrtc_refuses_is_said() -> None:
+    made = of_text(staged(), "// bytes of shared memory: 0\nnot C++")
     with pytest.raises(CompileError, match="NVRTC cannot compile a kernel"):
         compiled(made, 60)
     with pytest.raises(CompileError, match="for NVIDIA's GPUs, not for hip"):

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -38,20 +40,20 @@ def kernel(body: str) -> str:
     return f"#include <cstdlib>\n{head} {tensors} {body} return 0; }}"
 
 
-def scheduled() -> tuple[Nest, Schedule]:
+def scheduled(name: str = "") -> tuple[Nest, Schedule]:
     plain = nest(PROBLEM)
     schedule = Space(plain, "cpp").default()
-    return apply(plain, schedule), schedule
+    return replace(apply(plain, schedule), name=name, _by_name={}), schedule
 
 
 def prepare(body: str, timeout: float = 20) -> Path:
     """Compile something else in the place of a kernel."""
-    return runtime_cpp.prepare(*scheduled(), kernel(body), timeout)
+    with mock.patch.object(runtime_cpp, "source", lambda nest, *_: nest.name):
+        return runtime_cpp.prepare(*scheduled(kernel(body)), timeout)
 
 
 def path_of(body: str) -> Path:
-    name = objects.digest(kernel(body), runtime_cpp.version(), *runtime_cpp.FLAGS)
-    return objects.folder() / f"{name}.so"
+    return runtime_cpp.path_of(*scheduled(kernel(body)))
 
 
 def test_an_object_is_compiled_once_and_a_lock_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from g3dswap.comprehensions import nest
 from g3dswap.errors import ArgumentError, CompileError, NoCompilerError, ScheduleError
 from g3dswap.problem import Geometry, Problem
-from g3dswap.tc import objects, runtime_cpp
+from g3dswap.tc import objects, recipe, runtime_cpp
 from g3dswap.tc.kernel import build, show, versions
 from g3dswap.tc.schedule import Schedule
 from g3dswap.tc.space import Space
@@ -144,7 +144,17 @@ def test_a_second_build_is_a_load(fresh_cache: Path, monkeypatch: pytest.MonkeyP
     problem = Problem("forward", GEOMETRY)
     build(nest(problem), WINDOW, "cpp")
     monkeypatch.setattr(runtime_cpp, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(runtime_cpp, "source", lambda *_: pytest.fail("printed again"))
+    kernel = build(nest(problem), WINDOW, "cpp")
+    assert 'extern "C"' in kernel.source
+
+
+def test_what_other_code_printed_is_made_again(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("forward", GEOMETRY)
     build(nest(problem), WINDOW, "cpp")
+    monkeypatch.setattr(recipe, "GENERATOR", "another")
+    build(nest(problem), WINDOW, "cpp")
+    assert len(list((fresh_cache / "objects").glob("*.so"))) == 2
 
 
 def test_a_changed_object_is_not_loaded_but_compiled_again(fresh_cache: Path) -> None:

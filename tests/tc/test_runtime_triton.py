@@ -13,7 +13,7 @@ import torch
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.errors import CompileError, NoCompilerError
 from g3dswap.problem import Geometry, Problem
-from g3dswap.tc import compile_triton, objects, runtime_triton
+from g3dswap.tc import compile_triton, objects, recipe, runtime_triton, worker_triton
 from g3dswap.tc.kernel import build, prepare
 from g3dswap.tc.nest import Nest
 from g3dswap.tc.schedule import Digit, Schedule, apply
@@ -53,6 +53,17 @@ def test_a_source_is_kept_and_verified(fresh_cache: Path) -> None:
     assert not list(path.parent.rglob("*.pyc"))
 
 
+def test_what_was_printed_before_is_not_printed_again(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert runs(small())
+    monkeypatch.setattr(runtime_triton, "source", lambda *_: pytest.fail("prints again"))
+    assert runs(small())
+    monkeypatch.setattr(recipe, "GENERATOR", "another")
+    with pytest.raises(pytest.fail.Exception, match="prints again"):
+        runs(small())
+
+
 def test_a_bytecode_file_is_never_loaded(fresh_cache: Path) -> None:
     """Python would take it for the source that was verified."""
     assert runs(small())
@@ -69,12 +80,15 @@ def test_tensors_that_are_not_aligned() -> None:
     assert runs(small(), offset=1)
 
 
-def test_a_source_that_is_no_module() -> None:
-    nest = small()
+def test_a_source_that_is_no_module(fresh_cache: Path) -> None:
+    assert runs(small())
+    (path,) = objects.folder().glob("*.py")
+    path.write_text("nothing\n")
+    objects.seal(path)
     with pytest.raises(
         CompileError, match=r"the printed kernel .*\.py cannot be imported: NameError: name 'nothing'"
     ):
-        runtime_triton.load(nest, along_w(nest), "nothing\n", 1.0)
+        runs(small())
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +130,7 @@ def test_which_tiles_need_no_layout(digits: str, width: int, single: bool) -> No
     head += "|kh rest serial|kw rest serial"
     how = {"digits": f"{head}|{digits}".split("|"), "fuse": [["h", "w"]], "stage": [], "hints": {}}
     nest = apply(nest_of(Problem("forward", geometry, torch.bfloat16)), Schedule.from_json(how))
-    assert runtime_triton._is_single(nest, 128) == single
+    assert worker_triton.is_single(nest, 128) == single
 
 
 def test_version() -> None:
