@@ -39,6 +39,7 @@ def time_graphs(
     """
     found: dict[tuple[str, str], Times] = {}
     failed: dict[str, list[str]] = {}
+    gc.collect()  # what earlier steps left would tie their stream to that of a capture
     for kind in (INFERENCE, TRAINING):
         for name, side in sides.items():
             side.model.train(kind == TRAINING)

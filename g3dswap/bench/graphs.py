@@ -100,7 +100,7 @@ def record(run: Callable[[], Sequence[Tensor]], warm_up: Call) -> Call:
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 results = run()
         except RuntimeError:
-            _abandon(pool)
+            _abandon(graph, pool)
             raise
     torch.cuda.current_stream().wait_stream(stream)
     for result in results:
@@ -111,15 +111,19 @@ def record(run: Callable[[], Sequence[Tensor]], warm_up: Call) -> Call:
     return graph.replay
 
 
-def _abandon(pool: tuple[int, int]) -> None:
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
     """Let go of what a failed capture holds: its memory, and the generator of random numbers.
 
     Where it was cut short, PyTorch (2.11) goes on to take the device for one that captures.
     """
     device = torch.cuda.current_device()
-    with contextlib.suppress(RuntimeError):  # from a capture that was ended: its graph lets go of the memory
+    with contextlib.suppress(RuntimeError):  # the capture may have come as far as this
         torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)
+    try:
+        graph.pool()
+    except RuntimeError:  # it did not come to its end: the graph will not let go of anything
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_releasePool(device, pool)
     fresh = torch.Generator(torch.device("cuda", device))
     torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
 
