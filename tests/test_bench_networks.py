@@ -31,7 +31,7 @@ from tests.test_networks import roi_align  # noqa: F401  # a fixture
 SHAPE = (2, 3, 4, 6, 6)
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e10, {"ieee": 1e11})
-COMMITTED = Path(compare.__file__).with_name("results") / "nvidia-h100-networks.json"
+COMMITTED = Path(compare.__file__).with_name("results") / "nvidia-h100-networks-float32.json"
 COMMAND = ["bench", "--networks", "--device", "cpu", "--seconds", "0.001", "--steps", "3", "--quiet"]
 
 
@@ -325,8 +325,8 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
         "### Conversion",
     ]
     committed = NetworkResults.load(COMMITTED)
-    assert len(committed.rows) == 12
-    assert "| MedNeXt-B k5 (2x1x128x128x128) | bfloat16 |" in section(committed)
+    assert len(committed.rows) == 6
+    assert "| MedNeXt-B k5 (2x1x128x128x128) | float32 |" in section(committed)
 
 
 def test_layers_and_networks_are_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

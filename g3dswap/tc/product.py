@@ -60,7 +60,9 @@ class Product:
         names = list(dict.fromkeys(fused_name(_group(groups, a.name)) for a in whole.axes))
         inside = [fused_name(serial)] if serial else []
         reductions = [n for n in names if reduces(whole, n) and n not in inside] + inside
-        grid = nearest_last(whole, (n for n in names if not reduces(whole, n) or n in split))
+        grid = [n for n in names if not reduces(whole, n) or n in split]
+        if self.apart:  # or what programs take of the same lines of memory comes at different times
+            grid = nearest_last(whole, grid)
         digits = [Digit(n, None, "grid") for n in grid]
         digits += [Digit(n, split.get(n), "serial") for n in reductions if split.get(n) != 1]
         digits += [Digit(a, c, "warps") for a, c in self.apart]
