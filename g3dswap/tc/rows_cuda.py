@@ -121,9 +121,11 @@ class RowsProgram(Program):
 
     def together(self, sums: Mapping[Key, Env]) -> int:
         """How many warps' results of a position are one word of memory; 0 where each warp writes its own."""
-        width = WIDEST // ITEM_BYTES[self.result.dtype]
-        for point in sums.values() if self.apart else ():
-            spot, own = self.spotter.spot(self.nest.output, point), self.apart[0]
+        if not self.apart:
+            return 0
+        (own,), width = self.apart, WIDEST // ITEM_BYTES[self.result.dtype]
+        for point in sums.values():
+            spot = self.spotter.spot(self.nest.output, point)
             assert spot is not None
             if self.part(spot.address, own) != Linear(0, ((own, 1),)):
                 return 0
@@ -134,7 +136,7 @@ class RowsProgram(Program):
                 step for form in forms for step in (form.const, *(c for s, c in form.terms if s != own))
             ]
             width = math.gcd(width, *steps)
-        return width if self.apart else 0
+        return width
 
     def store_together(self, sums: Mapping[Key, Env], cols: int, width: int) -> None:
         """Collect the warps' results of a tile in shared memory, and write words of them."""

@@ -146,15 +146,13 @@ def _rank(nest: Nest, form: Form) -> float:
         return math.inf
     roles = roles_of(whole)
     near, positions = _nearest(whole), {*roles.positions}
-    apart = _apart(whole)
-    if not all((roles.image, roles.other, roles.depth)):
-        return math.inf
-    if not near & {*positions, *roles.channels} and not apart:
+    together = near & {*positions, *roles.channels} or _apart(whole)
+    if not all((roles.image, roles.other, roles.depth, together)):
         return math.inf
     deep, taps = _steps(whole, roles.channels), _steps(whole, sides(whole))
     # Of channels that lie together, a program reads those of several groups.
     words = max((skew.word for skew in form[1]), default=1) if near & positions else deep
-    width = min(WIDEST // 2, words if not apart else max(math.gcd(WIDEST // 2, n) for _, n in apart))
+    width = min(WIDEST // 2, words)
     copied = COPIED / width * _steps(nest, roles_of(nest).channels) / _steps(nest, roles_of(nest).other)
     return taps * -(-deep // DEEP) * DEEP / (ROWS * DEEP * COLS) * MULTIPLIED + copied
 
