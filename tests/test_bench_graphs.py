@@ -199,7 +199,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "graph": capturing,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(graphs, "_abandon", lambda pool: log.append(f"abandon {pool}"))
+    monkeypatch.setattr(graphs, "_abandon", lambda graph, pool: log.append(f"abandon {pool}"))
     return log
 
 
