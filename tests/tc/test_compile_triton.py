@@ -198,7 +198,7 @@ def test_on_the_way_to_a_worker_nothing_is_printed(
     nest = comprehensions.nest(Problem("grad_weight", Geometry(2, 2, 2, (1, 2, 8), (1, 1, 1))))
     digits = [Digit(a.name, None, "grid" if a.name == "n" or not a.reduce else "serial") for a in nest.axes]
     digits.sort(key=lambda digit: digit.bind)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(runtime_triton, "_job", lambda nest, schedule: Job(nest, schedule, H100))
     monkeypatch.setattr(sys.modules["g3dswap.tc.source"], "print_triton", lambda *_: pytest.fail("prints"))
     for _ in range(2):
