@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -96,6 +98,12 @@ def call(task: Callable[..., None], cache: Path, *arguments: Any) -> Any:
     outcome = finished(*started(task, cache, *arguments))
     assert outcome.code == 0, f"{task.__name__} ended with {outcome.code}"
     return outcome.sent[-1]
+
+
+def alone(task: Callable[[], None]) -> None:
+    """Call a function of a module in a new Python, which has to end well."""
+    code = f"from {task.__module__} import {task.__name__}; {task.__name__}()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
 def left_running(cache: Path) -> list[str]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from g3dswap.bench.captured import time_graphs
 from g3dswap.bench.compared import INFERENCE, TRAINING
 from g3dswap.bench.steps import Batch, Training
 from g3dswap.tc.timing import Call
+from tests.apart import alone
 from tests.fakes import Net
 
 SHAPE = (2, 3, 4, 6, 6)
@@ -144,10 +142,7 @@ def test_replays_train_on_a_gpu() -> None:
 
 @pytest.mark.gpu
 def test_a_failed_capture_loses_nothing_on_a_gpu() -> None:
-    # In a process of its own: what a failed capture leaves behind is no other test's business.
-    name = what_fails.__name__
-    code = f"from tests.test_bench_captured import {name}; {name}()"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    alone(what_fails)  # what a failed capture leaves behind is no other test's business
 
 
 def without_workspaces() -> int:

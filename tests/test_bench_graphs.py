@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from g3dswap.problem import DIRECTIONS, LAYOUTS, Geometry, Problem
 from g3dswap.rounds import Times
 from g3dswap.tc import timing
 from g3dswap.tc.timing import Call
+from tests.apart import alone
 from tests.test_bench import synthetic
 
 MIB = 1 << 20
@@ -387,10 +387,7 @@ def test_graphs_on_a_gpu(direction: str) -> None:
 
 @pytest.mark.gpu
 def test_what_synchronizes_has_no_graph_and_stops_nothing() -> None:
-    # In a process of its own: what a failed capture leaves behind is no other test's business.
-    name = what_synchronizes.__name__
-    code = f"from tests.test_bench_graphs import {name}; {name}()"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    alone(what_synchronizes)  # what a failed capture leaves behind is no other test's business
 
 
 def what_synchronizes() -> None:

@@ -123,14 +123,23 @@ class DepthProgram(Program):
             else:
                 self.emit(f"transposed(b[{number}][{col}], b[{number}][{col + 1}], {begin});")
 
+    @property
+    def pieces(self) -> int:
+        """Fragments of sums that a warp has."""
+        return self.sums * self.rows * self.cols
+
+    @property
+    def kept(self) -> int:
+        """Sums that a program has in the end."""
+        return self.pieces * 4 * WARP * (self.warps if self.apart else 1)
+
     def add_up(self) -> None:
         """Bring the sums to shared memory: of all warps where they are apart, else one after another adds."""
-        pieces = self.sums * self.rows * self.cols
-        self.shared = max(self.shared, pieces * 4 * WARP * 4 * (self.warps if self.apart else 1))
+        self.shared = max(self.shared, self.kept * 4)
         self.emit("float* all = reinterpret_cast<float*>(memory);")
         if self.apart:
             with self.own_sums():
-                self.emit(f"all[(warp * {pieces * 4} + i) * {WARP} + lane] = own;")
+                self.emit(f"all[(warp * {self.pieces * 4} + i) * {WARP} + lane] = own;")
             self.emit("__syncthreads();")
             return
         self.emit("#pragma unroll 1")
@@ -143,7 +152,7 @@ class DepthProgram(Program):
     def own_sums(self) -> Iterator[None]:
         """A loop over the sums of a lane."""
         self.emit("#pragma unroll")
-        with self.block(f"for (int i = 0; i < {self.sums * self.rows * self.cols * 4}; ++i)"):
+        with self.block(f"for (int i = 0; i < {self.pieces * 4}; ++i)"):
             self.emit(f"const float own = sum[i / {self.rows * self.cols * 4}]")
             self.emit(f"    [i / {self.cols * 4} % {self.rows}][i / 4 % {self.cols}][i % 4];")
             yield
@@ -151,11 +160,9 @@ class DepthProgram(Program):
     def store(self) -> None:
         spot = self.spotter.spot(self.nest.output, {})
         assert spot is not None
-        pieces = self.sums * self.rows * self.cols
-        total = pieces * 4 * WARP * (self.warps if self.apart else 1)
-        names = dict.fromkeys(self.apart, f"(e / {pieces * 4 * WARP})")
-        with self.block(f"for (int e = thread; e < {total}; e += {self.threads})"):
-            rest = f" % {pieces}" if self.apart else ""
+        names = dict.fromkeys(self.apart, f"(e / {self.pieces * 4 * WARP})")
+        with self.block(f"for (int e = thread; e < {self.kept}; e += {self.threads})"):
+            rest = f" % {self.pieces}" if self.apart else ""
             self.emit(f"const int owner = e % {WARP}, part = e / {WARP} % 4, piece = e / {WARP * 4}{rest};")
             self.emit(
                 f"const int rows = piece / {self.cols} % {self.rows} * {ROWS} + part / 2 * 8 + owner / 4;"

@@ -212,13 +212,7 @@ class TapFragments:
             if not self.laid and self.own:
                 program.decode(self.own, "tap")
             for step, col in itertools.product(range(self.deep), range(self.cols)):
-                to = f"other[tap][{step}][{col}]"
-                if self.paired or self.laid:
-                    self._read(to, "tap", {}, step, col)
-                    continue
-                with program.block():
-                    self._collect("lane", str(step * self.cols + col))
-                    program.emit(f"{to}[0] = found[0], {to}[1] = found[1];")
+                self._read(f"other[tap][{step}][{col}]", "tap", {}, step, col)
 
     def load(self, point: Env, step: int, col: int) -> str:
         """The name of a fragment, which is read if it is not kept."""
@@ -229,9 +223,14 @@ class TapFragments:
 
     def _read(self, to: str, tap: str, names: Names, step: int, col: int) -> None:
         program = self.program
-        if not self.paired:
+        if self.laid:
             place = f"({tap}) * {self.pitch} + {(step * self.cols + col) * WARP} + lane"
             program.emit(f"unpack({to}, reinterpret_cast<const uint2*>(memory + {self.place})[{place}]);")
+            return
+        if not self.paired:
+            with program.block():
+                self._collect("lane", str(step * self.cols + col))
+                program.emit(f"{to}[0] = found[0], {to}[1] = found[1];")
             return
         for half in range(2):
             own = {

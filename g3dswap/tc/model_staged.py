@@ -148,6 +148,7 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     rows, cols, deep = -(-lengths["rows"] // ROWS), lengths["cols"] // COLS, -(-lengths["depth"] // DEEP)
     level = next(stage.level for stage in nest.stages if stage.tensor == image.tensor)
     part, groups = _part(nest, image, level), _groups(nest)
+    busy, alike = _shared_out(rows, warps, groups)
     outside = (p.count or 1 for p in nest.loops[level : nest.tile_start] if p.axis in other.axes)
     taps = footprint(nest, other, tile).elements * math.prod(outside)
     laid = groups * taps * deep * cols * WARP * 4
@@ -161,11 +162,11 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     return _Work(
         shared=(part.elements * PADDED + beside) * part.size,
         registers=OWN + sums * 4 + (taps * deep * cols * 2 if kept else 4),
-        busy=warps if groups > 1 else min(warps, rows),
+        busy=busy,
         slots=slots + (warps * taps * deep * cols if kept and groups == 1 else 0),
         products=products,
         trips=loads * 4 + (0 if kept else products * 2) + laid / WARP * SCATTER + part.bytes / LINE,
-        chain=products / sums / groups / (1 if groups > 1 else rows / -(-rows // warps)),
+        chain=products / sums / groups / alike,
         arrivals=1,
         waits=part.waits(warps * WARP),
         copied=part.bytes,
@@ -180,6 +181,7 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int) -> _Work:
     tile, lengths = tile_of(nest), nest.lengths
     rows, cols, deep = -(-lengths["rows"] // ROWS), lengths["cols"] // COLS, -(-lengths["depth"] // DEEP)
     parts, groups = [_part(nest, factor, nest.tile_start) for factor in factors], _groups(nest)
+    busy, alike = _shared_out(deep, warps, groups)
     planes, others = (footprint(nest, factor, tile).elements for factor in factors)
     sums = accumulators_of(nest, tile) * rows * cols
     products = groups * runs * tile.terms * rows * cols * deep
@@ -189,11 +191,11 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int) -> _Work:
     return _Work(
         shared=max(sum(p.elements * p.size for p in parts) * PADDED * buffers, groups * sums * 4 * WARP * 4),
         registers=OWN + sums * 4 + others * cols * 2,
-        busy=warps if groups > 1 else min(warps, deep),
+        busy=busy,
         slots=copies * COPY + products * PRODUCT + loads + sums * 4 * warps * ADDED,
         products=products,
         trips=loads * 4 + groups * runs * others * cols * deep * 2 + copied / LINE,
-        chain=products / sums / groups / (1 if groups > 1 else deep / -(-deep // warps)),
+        chain=products / sums / groups / alike,
         arrivals=1 if buffers > 1 and groups == 1 else runs,
         waits=runs * sum(part.waits(warps * WARP) for part in parts),
         copied=copied,
@@ -203,6 +205,11 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int) -> _Work:
 def _groups(nest: Nest) -> int:
     """How many steps of a batch axis a program has, one for each warp."""
     return math.prod(p.count or 1 for p in nest.loops if p.bind == "warps")
+
+
+def _shared_out(pieces: int, warps: int, groups: int) -> tuple[int, float]:
+    """How many warps multiply, and how many times as fast as one of them they are through with a group."""
+    return (warps, 1.0) if groups > 1 else (min(warps, pieces), pieces / -(-pieces // warps))
 
 
 def _part(nest: Nest, access: Access, level: int) -> _Part:

@@ -56,7 +56,7 @@ def nearest_last(nest: Nest, names: Iterable[str]) -> list[str]:
         if nest.extent(axis) is None:
             return sys.maxsize
         strides = nest.tensor(access.tensor).strides
-        return min((abs(i.coefficient(axis)) * s for i, s in zip(access.indices, strides) if axis in i.axes))
+        return min(abs(i.coefficient(axis)) * s for i, s in zip(access.indices, strides) if axis in i.axes)
 
     return sorted(names, key=step, reverse=True)
 

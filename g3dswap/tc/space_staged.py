@@ -182,23 +182,21 @@ def _products(nest: Nest, roles: Roles, form: Form, thorough: bool) -> Iterator[
     for place, outside in _places(nest, roles, thorough):
         blocks = tuple((a, p) for a, p in phases(nest).items() if a in place[0])
         choices = itertools.product(unrolled, _windows(nest, outside), groups, shares)
+        most = max(min(FEW_WARPS), -(-place[1] // ROWS))
+        workers: list[tuple[int, Tile]] = [(count, ((axis, count),)) for axis, count in apart]
+        if not workers:  # warps share the positions
+            workers = [(n, ()) for n in (WARPS if thorough else FEW_WARPS) if n <= most]
         for own, window, group, share in choices:
             tile = (*own, *window, *group, *blocks)
             rows, depth = (place, channels) if roles.along else (channels, place)
             if not _is_small(nest, tile, rows, share, depth, roles.along):
                 continue
-            most = -(-place[1] // ROWS)
             inside = (*tile, *apart[-1:])
             for split in splits(nest, (rows, share, depth), inside, PROGRAMS) if not roles.along else [()]:
                 made = Product(rows, share, depth, *form, tile, split, 1, 1, 0, staged=True)
                 buffers = (1, 2) if not roles.along and made.loops(nest) else (1,)
-                for (axis, count), stages in itertools.product(apart, buffers):
-                    yield replace(made, warps=count, stages=stages, apart=((axis, count),))
-                if apart:
-                    continue
-                for warps, stages in itertools.product(WARPS if thorough else FEW_WARPS, buffers):
-                    if warps <= most or warps == min(FEW_WARPS):
-                        yield replace(made, warps=warps, stages=stages)
+                for (warps, each), stages in itertools.product(workers, buffers):
+                    yield replace(made, warps=warps, stages=stages, apart=each)
 
 
 def _by_step(nest: Nest, access: Access, axes: Sequence[str]) -> tuple[str, ...]:
