@@ -1,7 +1,8 @@
 """Runs printed CUDA C++ without a GPU: every thread is a fiber, and a warp meets where lanes exchange data.
 
-The prelude is replaced by one for a C++ compiler.  Shared memory holds NaN before a program begins, so that
-what is read but never written shows in the result, and ends where the kernel says that it ends.
+The prelude is replaced by one for a C++ compiler.  Shared memory holds NaN before a program begins and where
+a copy is on its way, so that what is read too early or never written shows in the result, and ends where the
+kernel says that it ends.
 """
 
 from __future__ import annotations
@@ -54,7 +55,12 @@ alignas(128) unsigned char memory[MOST + 4096];
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
 enum State { RUNS, AT_WARP, AT_BLOCK, DONE };
-struct Fiber { ucontext_t context; std::unique_ptr<char[]> stack; State state; u32 mail[6]; };
+struct Copy { void* to; const void* from; int bytes; };
+// copies: those of groups that have ended, the oldest first, and of the one that has not.
+struct Fiber {
+  ucontext_t context; std::unique_ptr<char[]> stack; State state; u32 mail[6];
+  std::vector<std::vector<Copy>> copies;
+};
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static void wait_at(State state) {
@@ -94,11 +100,17 @@ static void inside(const void* p, int bytes) {
     abort();
   }
 }
+static void carried_out(const Copy& it) {
+  if (it.from) memcpy(it.to, it.from, it.bytes); else memset(it.to, 0, it.bytes);
+}
 template <int BYTES> static void copy(void* to, const void* from, bool some) {
   aligned(to, BYTES);
   aligned(from, some ? BYTES : 1);
   inside(to, BYTES);
-  if (some) memcpy(to, from, BYTES); else memset(to, 0, BYTES);
+  Copy wanted{to, some ? from : nullptr, BYTES};
+  if (BYTES == 2) return carried_out(wanted);
+  memset(to, 0xff, BYTES);
+  fibers[threadIdx.x].copies.back().push_back(wanted);
 }
 template <int WIDTH> static void turn(
     u16* to, int pitch, const u16* from, const u16* next, bool some, bool more) {
@@ -117,8 +129,16 @@ template <int WIDTH> static void put(u16* to, const u16* from) {
   inside(from, 2 * WIDTH);
   memcpy(to, from, 2 * WIDTH);
 }
-static void committed() {}
-template <int GROUPS> static void arrived() { __syncthreads(); }
+static void committed() { fibers[threadIdx.x].copies.emplace_back(); }
+static void arrived(int left) {
+  auto& copies = fibers[threadIdx.x].copies;
+  while ((int)copies.size() - 1 > left) {
+    for (const Copy& it : copies.front()) carried_out(it);
+    copies.erase(copies.begin());
+  }
+  __syncthreads();
+}
+template <int GROUPS> static void arrived() { arrived(GROUPS); }
 static u32 word(u32 at) {
   inside(memory + at, 4);
   aligned(memory + at, 4);
@@ -185,6 +205,7 @@ extern "C" int launch(int programs, int threads, void** with) {
     for (int i = 0; i < threads; ++i) {
       Fiber& made = fibers[i];
       made.state = RUNS;
+      made.copies.resize(1);
       made.stack.reset(new char[STACK]);
       getcontext(&made.context);
       made.context.uc_stack.ss_sp = made.stack.get();
