@@ -18,10 +18,14 @@ from .cuda_text import CudaText
 from .linear import Linear
 from .nest import Access
 from .place import Env
-from .words import ITEM_BYTES
+from .roles import batches
 
-WIDEST = 16
-"""Bytes that one copy of a thread brings, at most."""
+ITEM, WIDEST = 2, 16
+"""Bytes of an element, and those that one copy of a thread brings, at most."""
+WIDTHS = (2, 4, 8)
+"""Elements of the copies for which more is brought than is read."""
+BESIDE = 0.75
+"""What an element of a line takes, in room and in time, beside the copies of it (measured on an H100)."""
 EIGHT = 8
 """Elements of a row that a thread's part of `ldmatrix` has; it begins at a multiple of them."""
 PADS = 8
@@ -61,6 +65,16 @@ class Box:
         """Elements, gaps included."""
         outer = self.dims[self.order[0]]
         return outer.span * outer.pitch
+
+    @property
+    def nearest(self) -> int:
+        """The dimension whose elements lie side by side in the tensor."""
+        return min(self.order, key=lambda d: self.dims[d].stride)
+
+    @property
+    def is_turned(self) -> bool:
+        """What lies side by side in the tensor does not do so here."""
+        return self.nearest != self.order[-1]
 
     def address(self, values: Sequence[Linear]) -> Linear:
         """Where the element with these indices lies in the box."""
@@ -106,23 +120,54 @@ def box_of(
     order = sorted((d for d in range(len(dims)) if dims[d].span > 1), key=lambda d: -dims[d].stride)
     if not order or not fragment:
         raise ScheduleError(f"{access} has no side that lies in consecutive elements.")
-    nearest, size = order[-1], ITEM_BYTES[tensor.dtype]
-    width, turned = _width(dims, nearest, size), 1
+    nearest = order[-1]
+    width, turned = _width(dims, nearest), 1
     if nearest not in fragment:  # it is turned around on its way to the box, in pairs
         order.sort(key=lambda d: d in fragment)
         width, turned = 2, width
+    else:  # groups lie behind each other, so that what is next to a channel is one of the next position
+        batch = {*batches(text.nest)}
+        order.sort(key=lambda d: not access.indices[d].axes <= batch)
     box = Box(access.tensor, tuple(dims), tuple(order), frozenset(fragment), width, turned)
     return pitched(box, [0] * (len(order) - 1), width)
 
 
-def _width(dims: Sequence[Dim], innermost: int, bytes_each: int) -> int:
+def aligned(box: Box) -> list[Box]:
+    """The box as it is, and with more before and behind its elements for wider copies, the cheapest first.
+
+    Wider copies are fewer, but what they bring besides takes room and time.
+    """
+    nearest = box.nearest
+    dim = box.dims[nearest]
+    found = [(_copying(box), 0, box)]
+    for width in WIDTHS:
+        before = dim.base.const % width
+        span = -(-(dim.span + before) // width) * width
+        dims = [*box.dims]
+        dims[nearest] = replace(dim, base=dim.base + -before, span=span)
+        if _width(dims, nearest) < width:
+            break
+        made = replace(box, dims=tuple(dims))
+        made = replace(made, turned=width) if box.is_turned else replace(made, width=width)
+        made = pitched(made, [0] * (len(box.order) - 1), made.width)
+        found.append((_copying(made), len(found), made))
+    return [made for _, _, made in sorted(found)]
+
+
+def _copying(box: Box) -> float:
+    """What copying a line of the tensor takes, in steps."""
+    span = box.dims[box.nearest].span
+    return span / (box.turned if box.is_turned else box.width) + BESIDE * span
+
+
+def _width(dims: Sequence[Dim], innermost: int) -> int:
     """Elements of one copy: so many lie together in the tensor and in the box, and are in or out together."""
     dim = dims[innermost]
     if dim.stride != 1:
         return 1
     steps = [dim.extent or 0, dim.base.const, *(c for _, c in dim.base.terms)]
     steps += [other.stride for other in dims if other is not dim and other.extent != 1]
-    width = WIDEST // bytes_each
+    width = WIDEST // ITEM
     while width > 1 and any(step % width for step in steps):
         width //= 2
     return width

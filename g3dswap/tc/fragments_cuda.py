@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import ScheduleError
-from .box import EIGHT, Box, without_conflicts
+from .box import EIGHT, Box, aligned, without_conflicts
 from .cuda_text import Names
 from .linear import Linear
 from .nest import Access
@@ -82,8 +82,8 @@ class RowFragments:
     def __init__(self, program: Program, box: Box, points: Sequence[Env]) -> None:
         self.program = program
         values = program.spotter.indices(program.image, points[0]) or []
-        for unit in (EIGHT, 2):
-            made = without_conflicts(box, max(unit, box.width), _conflicts(program, values, "rows", unit))
+        for unit, whole in itertools.product((EIGHT, 2), aligned(box)):
+            made = without_conflicts(whole, max(unit, whole.width), _conflicts(program, values, "rows", unit))
             address = _address_of(program, made, program.image, points, ("rows", "depth"), unit)
             if address is not None:
                 self.box, self.unit = made, unit
@@ -154,14 +154,18 @@ class TapFragments:
         self.own = sorted(inside, key=lambda i: -steps[i])
         self.taps = math.prod(nest.loops[i].count or 1 for i in self.own)
         self.deep, self.cols = nest.lengths["depth"] // DEEP, nest.lengths["cols"] // COLS
-        self.pitch = self.deep * self.cols * WARP + 1  # neighbouring threads write to different banks
+        self.parts = self.deep * self.cols
         self.paired = self._is_paired()
         self.laid = not self.paired and not program.apart
         self.place = 0
-        registers = self.taps * self.deep * self.cols * 2
+        registers = self.taps * self.parts * 2
         self.kept = not any(i in program.serial for i in self.own) and registers <= KEPT
         if not (self.paired or self.laid or self.kept):
             raise ScheduleError(f"a warp of its own keeps {registers} registers of {program.other}.")
+        mine = {f"v{i}" for i in self.own}
+        self.moved = program.part(self.address, *mine)
+        if any(not program.variables(symbol) <= mine for symbol, _ in self.moved.terms):
+            raise ScheduleError(f"{program.other} is read along its taps and a side at a time.")
 
     def _is_paired(self) -> bool:
         moves = self.program.along(self.address, "depth")
@@ -178,41 +182,66 @@ class TapFragments:
     def lay_out(self) -> None:
         """Write fragments behind each other, each in the order of lanes."""
         program = self.program
-        self.place = program.take(self.taps * self.pitch * 8)
+        self.place = program.take(self.taps * self.parts * WARP * 8)
+        share = max(1, program.warps // self.parts)  # warps that have the taps of a part
         program.emit("arrived<1>();")
         with program.block():
-            program.emit(f"uint2* to = reinterpret_cast<uint2*>(memory + {self.place});")
-            program.emit("#pragma unroll 2")
-            total = self.taps * (self.pitch - 1)
-            with program.block(f"for (int e = thread; e < {total}; e += {program.threads})"):
-                program.emit(f"const int tap = e % {self.taps}, place = e / {self.taps};")
-                if self.own:
-                    program.decode(self.own, "tap")
-                program.emit(f"const int owner = place % {WARP}, part = place / {WARP};")
-                self._collect("owner", "part")
-                program.emit(f"to[tap * {self.pitch} + place] = make_uint2(found[0], found[1]);")
+            program.emit(f"uint2* to = reinterpret_cast<uint2*>(memory + {self.place}) + lane;")
+            head = f"int part = warp / {share}; part < {self.parts}; part += {program.warps // share}"
+            with program.block(f"for ({head})"):
+                self._begin("part")
+                program.emit("#pragma unroll")
+                with program.block(f"for (int tap = warp % {share}; tap < {self.taps}; tap += {share})"):
+                    self._collect()
+                    place = f"(tap * {self.parts} + part) * {WARP}"
+                    program.emit(f"to[{place}] = make_uint2(found[0], found[1]);")
 
-    def _collect(self, owner: str, part: str) -> None:
-        """Find a lane's pairs of a fragment, each element for itself."""
+    def _begin(self, part: str) -> None:
+        """Say where a lane's elements of a fragment lie at the first tap."""
         program = self.program
-        program.emit(f"const u16* from = reinterpret_cast<const u16*>(memory + {self.begin});")
-        program.emit(f"const int cols = {part} % {self.cols} * {COLS} + {owner} / 4;")
+        program.emit(f"const u16* const from = reinterpret_cast<const u16*>(memory + {self.begin});")
+        program.emit(f"const int cols = {part} % {self.cols} * {COLS} + lane / 4;")
+        program.emit("int at[4];", "#pragma unroll")
+        with program.block("for (int j = 0; j < 4; ++j)"):
+            self._place_in_depth(part)
+            program.emit(f"at[j] = {program.form(self.address - self.moved)};")
+        program.emit(f"const int fragment = {part};")
+
+    def _place_in_depth(self, part: str) -> None:
+        place = f"{part} / {self.cols} * {DEEP} + lane % 4 * 2 + j % 2 + j / 2 * {EIGHT}"
+        self.program.emit(f"const int depth = {place};")
+
+    def _collect(self) -> None:
+        """Find a lane's pairs of a fragment at a tap, each element for itself."""
+        program = self.program
+        if self.own:
+            program.decode(self.own, "tap")
         program.emit("u32 found[2] = {};", "#pragma unroll")
         with program.block("for (int j = 0; j < 4; ++j)"):
-            program.emit(f"const int depth = {part} / {self.cols} * {DEEP} + {owner} % 4 * 2")
-            program.emit(f"    + j % 2 + j / 2 * {EIGHT};")
-            element = self._if_tied(f"from[{program.form(self.address)}]")
+            if self.ties:
+                self._place_in_depth("fragment")
+            element = self._if_tied(f"from[at[j] + ({program.form(self.moved)})]")
             program.emit(f"found[j / 2] |= u32({element}) << j % 2 * 16;")
 
     def keep(self) -> None:
         """Read all fragments into registers."""
         program = self.program
-        program.emit(f"u32 other[{self.taps}][{self.deep}][{self.cols}][2];", "#pragma unroll")
-        with program.block(f"for (int tap = 0; tap < {self.taps}; ++tap)"):
-            if not self.laid and self.own:
-                program.decode(self.own, "tap")
-            for step, col in itertools.product(range(self.deep), range(self.cols)):
-                self._read(f"other[tap][{step}][{col}]", "tap", {}, step, col)
+        program.emit(f"u32 other[{self.taps}][{self.deep}][{self.cols}][2];")
+        for step, col in itertools.product(range(self.deep), range(self.cols)):
+            alone = not self.paired and not self.laid
+            with program.block():
+                if alone:
+                    self._begin(str(step * self.cols + col))
+                program.emit("#pragma unroll")
+                with program.block(f"for (int tap = 0; tap < {self.taps}; ++tap)"):
+                    to = f"other[tap][{step}][{col}]"
+                    if alone:
+                        self._collect()
+                        program.emit(f"{to}[0] = found[0], {to}[1] = found[1];")
+                        continue
+                    if not self.laid and self.own:
+                        program.decode(self.own, "tap")
+                    self._read(to, "tap", {}, step, col)
 
     def load(self, point: Env, step: int, col: int) -> str:
         """The name of a fragment, which is read if it is not kept."""
@@ -224,13 +253,8 @@ class TapFragments:
     def _read(self, to: str, tap: str, names: Names, step: int, col: int) -> None:
         program = self.program
         if self.laid:
-            place = f"({tap}) * {self.pitch} + {(step * self.cols + col) * WARP} + lane"
+            place = f"(({tap}) * {self.parts} + {step * self.cols + col}) * {WARP} + lane"
             program.emit(f"unpack({to}, reinterpret_cast<const uint2*>(memory + {self.place})[{place}]);")
-            return
-        if not self.paired:
-            with program.block():
-                self._collect("lane", str(step * self.cols + col))
-                program.emit(f"{to}[0] = found[0], {to}[1] = found[1];")
             return
         for half in range(2):
             own = {
@@ -259,12 +283,15 @@ class DepthFragments:
     def __init__(self, program: Program, box: Box, access: Access, side: str, points: Sequence[Env]) -> None:
         self.program, self.access = program, access
         values = program.spotter.indices(access, points[0]) or []
-        self.box = without_conflicts(box, max(EIGHT, box.width), _conflicts(program, values, "depth", EIGHT))
-        address = _address_of(program, self.box, access, points, ("depth", side), EIGHT)
-        if address is None:
-            raise ScheduleError(f"fragments of {access} are not consecutive in shared memory.")
-        self.line = program.part(address, program.sides["depth"], *program.apart)
-        self.chunks = [2 * at for at in program.along(address, side)[::EIGHT]]
+        for whole in aligned(box):
+            conflicts = _conflicts(program, values, "depth", EIGHT)
+            self.box = without_conflicts(whole, max(EIGHT, whole.width), conflicts)
+            address = _address_of(program, self.box, access, points, ("depth", side), EIGHT)
+            if address is not None:
+                self.line = program.part(address, program.sides["depth"], *program.apart)
+                self.chunks = [2 * at for at in program.along(address, side)[::EIGHT]]
+                return
+        raise ScheduleError(f"fragments of {access} are not consecutive in shared memory.")
 
     def begins(self, place: str) -> str:
         """Where the line of a place of the depth begins, from the box on."""

@@ -18,7 +18,7 @@ from .footprint import LINE, accumulators_of, footprint, partials_of, runs_of, t
 from .fragments_cuda import KEPT
 from .model_product import CYCLES
 from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
-from .nest import Access, Nest
+from .nest import Access, Index, Nest
 from .program_cuda import COLS, DEEP, MOST_SHARED, ROWS
 from .roles import image_and_other, roles_of
 from .words import ITEM_BYTES, WARP
@@ -29,10 +29,11 @@ BANDWIDTH = 2.5e12
 """Bytes of memory in a second."""
 L2 = 3.7e12
 """Bytes of the L2 cache in a second, which what neighbouring programs copy twice comes from."""
-PIECES = 0.84e12
-"""Bytes of sectors in a second that are written where programs write a sector of a line each."""
-ARRIVAL = 2.1e-6
-"""Seconds until a program's copies have arrived and its warps have met."""
+PIECE = 3.8e-11
+"""Seconds for a piece of a line that is written alone."""
+ARRIVAL, AWAITED = 2.1e-6, 0.25
+"""Seconds until a program's copies have arrived and its warps have met, and the part of them that is not
+hidden where the next copies are under way."""
 MATRIX = 2.3
 """Cycles of a multiprocessor for one product of fragments."""
 CHAIN = 18.0
@@ -63,12 +64,16 @@ OVERLAP = 0.87
 
 @dataclass(frozen=True)
 class _Part:
-    """What a program copies of a factor at a time: elements, those of one copy, those that lie together."""
+    """What a program copies of a factor at a time: elements, those of one copy, those that lie together.
+
+    turned: what lies side by side in memory does not do so in shared memory.
+    """
 
     elements: int
     width: int
     together: int
     size: int
+    turned: bool
 
     @property
     def bytes(self) -> float:
@@ -79,6 +84,11 @@ class _Part:
     def copies(self) -> float:
         """Instructions of a warp."""
         return self.elements / self.width / WARP
+
+    @property
+    def is_async(self) -> bool:
+        """Whether a thread goes on while its copies are under way."""
+        return self.width > 1 and not self.turned
 
     def waits(self, threads: int) -> float:
         """How often a thread waits for loads, which copies of single elements are."""
@@ -92,7 +102,7 @@ class _Work:
     shared: bytes; registers: of a thread; busy: warps that multiply; slots: issue slots of all warps;
     products: of fragments; trips: of warps to shared memory and the L1 cache; chain: products of the same
     sums that follow each other in one warp; arrivals: waits for copies; waits: for loads; copied: bytes;
-    pieces: bytes of sectors that results are a part of each, where no line of the cache is written whole.
+    pieces: in which results are written, where no line of the cache is written whole.
     """
 
     shared: float
@@ -102,10 +112,10 @@ class _Work:
     products: float
     trips: float
     chain: float
-    arrivals: int
+    arrivals: float
     waits: float
     copied: float
-    pieces: float = 0.0
+    pieces: int = 0
 
 
 def cost(nest: Nest, warps: int, buffers: int = 1, batch: int = 4, room: int = MOST_SHARED) -> float:
@@ -132,7 +142,7 @@ def cost(nest: Nest, warps: int, buffers: int = 1, batch: int = 4, room: int = M
     *_, second, first = sorted((alone, together, memory))
     spilled = max(1.0, work.registers / most) ** 2
     launches = LAUNCH + (TOTAL if partials_of(nest, batch) > 1 else 0.0)
-    return launches + spilled * (first + OVERLAP * second) + programs * work.pieces / PIECES
+    return launches + spilled * (first + OVERLAP * second) + programs * work.pieces * PIECE
 
 
 def _bytes(nest: Nest, batch: int) -> float:
@@ -170,9 +180,7 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
         arrivals=1,
         waits=part.waits(warps * WARP),
         copied=part.bytes,
-        pieces=SECTOR * sums * COLS * lengths["rows"] * max(1.0, groups * part.size / SECTOR)
-        if groups > 1
-        else 0,
+        pieces=_pieces(nest, level),
     )
 
 
@@ -188,6 +196,7 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int) -> _Work:
     loads = groups * runs * planes * rows * deep
     copies = runs * sum(part.copies for part in parts)
     copied = runs * sum(part.bytes for part in parts)
+    ahead = buffers > 1 and all(part.is_async for part in parts)
     return _Work(
         shared=max(sum(p.elements * p.size for p in parts) * PADDED * buffers, groups * sums * 4 * WARP * 4),
         registers=OWN + sums * 4 + others * cols * 2,
@@ -196,10 +205,16 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int) -> _Work:
         products=products,
         trips=loads * 4 + groups * runs * others * cols * deep * 2 + copied / LINE,
         chain=products / sums / groups / alike,
-        arrivals=1 if buffers > 1 and groups == 1 else runs,
+        arrivals=1 + AWAITED * (runs - 1) if ahead else runs,
         waits=runs * sum(part.waits(warps * WARP) for part in parts),
         copied=copied,
     )
+
+
+def _pieces(nest: Nest, level: int) -> int:
+    """How many pieces results are written in, where no line of the cache is written whole."""
+    part = _part(nest, nest.output, level)
+    return part.elements // part.together if part.together * part.size < LINE else 0
 
 
 def _groups(nest: Nest) -> int:
@@ -220,18 +235,29 @@ def _part(nest: Nest, access: Access, level: int) -> _Part:
         sum(abs(c) * (_inside(nest, a, level) - 1) for a, c in index.terms) // index.divisor + 1
         for index in access.indices
     ]
-    width, together = 1, 1
+    width, together, turned = 1, 1, False
+    side = {*roles_of(nest).channels, *roles_of(nest).other}
     dims = zip(access.indices, spans, tensor.shape, tensor.strides)
     for index, span, extent, stride in sorted(dims, key=lambda dim: dim[3]):
         if stride == 1 and span > 1:
+            turned = not index.axes & side
             moves = [c * _inside(nest, a, level) for a, c in index.terms if _is_outside(nest, a, level)]
-            steps = (index.offset, extent or 0, *moves)
+            steps = (_fixed(nest, index), extent or 0, *moves)
             width = next(
                 w for w in (8, 4, 2, 1) if w * size <= WIDEST and w <= span and not any(s % w for s in steps)
             )
         if stride == together:
             together *= span
-    return _Part(math.prod(spans), width, together, size)
+    return _Part(math.prod(spans), width, together, size, turned)
+
+
+def _fixed(nest: Nest, index: Index) -> int:
+    """Where a part begins that may not begin sooner: fragments of rows are read in pairs, those of a depth by
+    eights, and what is turned around may begin anywhere."""
+    roles = roles_of(nest)
+    if not index.axes & {*roles.channels}:
+        return 0
+    return index.offset % 2 if roles.along else index.offset
 
 
 def _is_outside(nest: Nest, axis: str, level: int) -> bool:

@@ -86,9 +86,9 @@ class RowsProgram(Program):
                         self.emit(f"multiply(sum[{number}][{col}], a, {taps.load(point, step, col)});")
 
     def store(self, sums: Mapping[Key, Env], cols: int) -> None:
-        width = self.together(sums)
-        if width:
-            self.store_together(sums, cols, width)
+        filters, width = self.together(sums)
+        if filters:
+            self.store_together(sums, cols, filters, width)
             return
         shift = self.shift()
         following = {self.sides["cols"]: "(cols + 1)"}
@@ -119,45 +119,59 @@ class RowsProgram(Program):
                         first = self.finished(f"{value}]", point)
                         yield number, point, first, self.finished(f"{value} + 1]", point, following)
 
-    def together(self, sums: Mapping[Key, Env]) -> int:
-        """How many warps' results of a position are one word of memory; 0 where each warp writes its own."""
+    def together(self, sums: Mapping[Key, Env]) -> tuple[int, int]:
+        """How many columns of a warp lie side by side, the next warp's behind them, and their widest word.
+
+        No columns: each warp writes its own results.
+        """
+        nothing = 0, 0
         if not self.apart:
-            return 0
-        (own,), width = self.apart, WIDEST // ITEM_BYTES[self.result.dtype]
+            return nothing
+        (own,), width, filters = self.apart, WIDEST // ITEM_BYTES[self.result.dtype], 0
         for point in sums.values():
             spot = self.spotter.spot(self.nest.output, point)
             assert spot is not None
-            if self.part(spot.address, own) != Linear(0, ((own, 1),)):
-                return 0
+            filters = filters or spot.address.coefficient(own)
+            cols = self.along(spot.address, "cols")
+            runs = (cols[k : k + filters] for k in range(0, len(cols), filters or 1))
+            alone = self.part(spot.address, own) == Linear(0, ((own, filters),))
+            if not filters or not alone or any(run != list(range(run[0], run[0] + filters)) for run in runs):
+                return nothing
             guards = [guard for guard in spot.guards if self.part(guard.value, own).terms]
-            forms = [spot.address, *(guard.value for guard in guards)]
-            steps = [self.warps, *(guard.extent for guard in guards)]
-            steps += [
-                step for form in forms for step in (form.const, *(c for s, c in form.terms if s != own))
-            ]
+            if any(guard.value.coefficient(own) != 1 for guard in guards):
+                return nothing
+            forms = [spot.address, *(guard.value * filters for guard in guards)]
+            steps = [self.warps * filters, *cols[::filters], *(guard.extent * filters for guard in guards)]
+            steps += [step for form in forms for step in (form.const, *self._others(form, own))]
             width = math.gcd(width, *steps)
-        return width
+        return filters, width
 
-    def store_together(self, sums: Mapping[Key, Env], cols: int, width: int) -> None:
+    def _others(self, form: Linear, own: str) -> list[int]:
+        """How far a form moves with each symbol but a warp's own and the columns, which lie side by side."""
+        return [c for s, c in form.terms if s != own and self.sides["cols"] not in self.variables(s)]
+
+    def store_together(self, sums: Mapping[Key, Env], cols: int, filters: int, width: int) -> None:
         """Collect the warps' results of a tile in shared memory, and write words of them."""
-        places, words = ROWS * cols * COLS, self.warps // width
-        pitch = self.warps + GAP
+        each = cols * COLS // filters  # positions of a row
+        places, together = ROWS * each, self.warps * filters
+        words, pitch = together // width, together + GAP
         begin = self.take(len(sums) * places * pitch * 2)
         self.emit(f"u16* const results = reinterpret_cast<u16*>(memory + {begin});")
         self.emit("__syncthreads();  // those of the tile before are written")
         for number, _, first, second in self.results(sums, cols):
-            line = f"({number * ROWS} + lane / 4 + half * 8) * {cols * COLS} + cols"
-            self.emit(f"u16* const to = results + ({line}) * {pitch} + warp;")
-            self.emit(f"narrow(to, {first});", f"narrow(to + {pitch}, {second});")
+            row = f"({number * ROWS} + lane / 4 + half * 8) * {each}"
+            for col, value in (("cols", first), ("(cols + 1)", second)):
+                at = f"({row} + {col} / {filters}) * {pitch} + warp * {filters} + {col} % {filters}"
+                self.emit(f"narrow(results + {at}, {value});")
         self.emit("__syncthreads();")
         with self.block(f"for (int e = thread; e < {places * words}; e += {self.threads})"):
             self.emit(f"const int word = e % {words} * {width}, place = e / {words};")
-            self.emit(f"const int cols = place % {cols * COLS};")
-            self.emit(f"const int rows = tile * {ROWS} + place / {cols * COLS};")
+            self.emit(f"const int cols = place % {each} * {filters} + word % {filters};")
+            self.emit(f"const int rows = tile * {ROWS} + place / {each};")
             if self.nest.lengths["rows"] % ROWS:
                 self.emit(f"if (rows >= {self.nest.lengths['rows']}) continue;")
             self.emit(f"const u16* const from = results + place * {pitch} + word;")
-            names = {self.apart[0]: "word"}
+            names = {self.apart[0]: f"(word / {filters})"}
             for number, point in enumerate(sums.values()):
                 spot = self.spotter.spot(self.nest.output, point)
                 assert spot is not None

@@ -3,7 +3,8 @@
 There every shift is a constant in an address, so that a product may be skewed along two axes, its rows be any
 number of whole lines, and a fragment of few channels be the patch of a block of positions.  Positions are the
 rows, or the depth in a gradient in the kernel; the sides of the kernel and windows of planes are unrolled.
-Where neighbours in memory are single channels of other groups, each warp of a program has a group.
+Where neighbours in memory are single channels of other groups, each warp of a program has a group; where
+they are the few channels of a group, it may have one.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ PLACES = 24, 784
 APART = 1.6
 """How many times as many positions the next choice has, where not all are compared."""
 WINDOWS = (1, 2, 4, 8)
-WARPS = (1, 2, 3, 4, 6, 8)
-FEW_WARPS = (2, 4, 8)
+MOST_WARPS, FEW_WARPS = 8, (8, 4, 2)
+"""Warps that share positions: at most, and at most where not all numbers of them are compared."""
 GROUPS = (2, 4, 8, 16)
 WASTED = 1.2
 """Groups of a program, one for each warp, and how many times as many as there are they may be."""
@@ -171,32 +172,45 @@ def _products(nest: Nest, roles: Roles, form: Form, thorough: bool) -> Iterator[
     image, other = image_and_other(nest)
     high, wide = _steps(nest, roles.channels), _steps(nest, roles.other)
     channels = _by_step(nest, image, roles.channels), -(-high // DEEP) * DEEP
-    others = _by_step(nest, other, roles.other), wide
+    # Results that lie together are pairs of columns; or what is turned around is read together.
+    others = _by_step(nest, nest.output if roles.along else other, roles.other), wide
     shares = [others]
     if roles.along:  # programs may share filters
         shares += [(others[0], wide // n) for n in (2, 4) if len(others[0]) == 1 and wide % (n * COLS) == 0]
     taps = tuple((a, nest.extent(a) or 1) for a in sides(nest) if (nest.extent(a) or 1) > 1)
     unrolled = [taps] if roles.along else [taps[start:] for start in range(min(3, len(taps) + 1))]
-    groups = _groups(nest, form) if roles.along else [()]
-    apart = _apart(nest)
     for place, outside in _places(nest, roles, thorough):
         blocks = tuple((a, p) for a, p in phases(nest).items() if a in place[0])
-        choices = itertools.product(unrolled, _windows(nest, outside), groups, shares)
-        most = max(min(FEW_WARPS), -(-place[1] // ROWS))
-        workers: list[tuple[int, Tile]] = [(count, ((axis, count),)) for axis, count in apart]
-        if not workers:  # warps share the positions
-            workers = [(n, ()) for n in (WARPS if thorough else FEW_WARPS) if n <= most]
-        for own, window, group, share in choices:
-            tile = (*own, *window, *group, *blocks)
-            rows, depth = (place, channels) if roles.along else (channels, place)
-            if not _is_small(nest, tile, rows, share, depth, roles.along):
-                continue
-            inside = (*tile, *apart[-1:])
-            for split in splits(nest, (rows, share, depth), inside, PROGRAMS) if not roles.along else [()]:
-                made = Product(rows, share, depth, *form, tile, split, 1, 1, 0, staged=True)
-                buffers = (1, 2) if not roles.along and made.loops(nest) else (1,)
-                for (warps, each), stages in itertools.product(workers, buffers):
-                    yield replace(made, warps=warps, stages=stages, apart=each)
+        workers = list(_workers(nest, form, place[1], thorough))
+        for own, window, share in itertools.product(unrolled, _windows(nest, outside), shares):
+            for group, apart, warps in workers:
+                tile = (*own, *window, *group, *blocks)
+                rows, depth = (place, channels) if roles.along else (channels, place)
+                if not _is_small(nest, tile, rows, share, depth, roles.along):
+                    continue
+                three = rows, share, depth
+                for split in splits(nest, three, (*tile, *apart), PROGRAMS) if not roles.along else [()]:
+                    made = Product(*three, *form, tile, split, 1, 1, 0, staged=True)
+                    buffers = (1, 2) if not roles.along and made.loops(nest) else (1,)
+                    for number, stages in itertools.product(warps, buffers):
+                        yield replace(made, warps=number, stages=stages, apart=apart)
+
+
+def _workers(nest: Nest, form: Form, places: int, thorough: bool) -> Iterator[tuple[Tile, Tile, list[int]]]:
+    """Groups of a program, one after another or each with a warp of its own, and its numbers of warps."""
+    apart = _apart(nest)
+    for axis, count in apart:
+        yield (), ((axis, count),), [count]
+    if not apart or not _nearest(nest) <= {*batches(nest)}:
+        for group in _groups(nest, form):
+            yield group, (), _sharing(-(-places // ROWS), thorough)
+
+
+def _sharing(tiles: int, thorough: bool) -> list[int]:
+    """Numbers of warps that share so many tiles, where fewer would take longer: all, or a few; most first."""
+    found = {-(-tiles // rounds) for rounds in range(1, tiles + 1)}
+    most = range(MOST_WARPS, 0, -1) if thorough else FEW_WARPS
+    return list(dict.fromkeys(max(n for n in found if n <= limit) for limit in most))
 
 
 def _by_step(nest: Nest, access: Access, axes: Sequence[str]) -> tuple[str, ...]:
@@ -238,26 +252,43 @@ def _windows(nest: Nest, axis: str | None) -> list[Tile]:
 
 def _groups(nest: Nest, form: Form) -> list[Tile]:
     """Steps of the batch axis, where its few channels lie together with those of the next."""
-    image, _ = image_and_other(nest)
     found: list[Tile] = [()]
-    near = _nearest(nest)
-    if form[0] or not near or near & {*roles_of(nest).positions} or _apart(nest):
+    if form[0] or not roles_of(nest).along:
         return found
-    together = _steps(nest, [*near]) * ITEM_BYTES[nest.tensor(image.tensor).dtype]
-    for axis in batches(nest):
+    image, _ = image_and_other(nest)
+    together = _steps(nest, [*_nearest(nest)]) * ITEM_BYTES[nest.tensor(image.tensor).dtype]
+    for axis in _following(nest):
         whole = (count for count in (2, 4) if (nest.extent(axis) or 1) % count == 0)
         found += [((axis, count),) for count in whole if together * count <= 2 * WIDEST]
     return found
 
 
 def _apart(nest: Nest) -> list[tuple[str, int]]:
-    """The batch axis and numbers of its steps, one for each warp, where it is what is near in memory."""
-    axes = _nearest(nest)
-    if len(axes) != 1 or not axes <= {*batches(nest)}:
-        return []
-    (axis,) = axes
-    extent = nest.extent(axis) or 1
-    return [(axis, count) for count in GROUPS if -(-extent // count) * count <= WASTED * extent]
+    """A batch axis and numbers of its steps, one for each warp, where these follow each other in memory."""
+    extents = [(axis, nest.extent(axis) or 1) for axis in _following(nest)]
+    return [
+        (axis, count)
+        for axis, extent in extents
+        for count in GROUPS
+        if -(-extent // count) * count <= WASTED * extent
+    ]
+
+
+def _following(nest: Nest) -> list[str]:
+    """The batch axis, if its steps follow each other in the image: one element each, or all its channels."""
+    image, _ = image_and_other(nest)
+    tensor, channels, batch = nest.tensor(image.tensor), {*roles_of(nest).channels}, batches(nest)
+    size = 1
+    dims = zip(tensor.strides, tensor.shape, image.indices)
+    for stride, extent, index in sorted(dims, key=lambda dim: dim[0]):
+        if extent == 1:
+            continue
+        if stride != size or index.axes <= {*batch}:
+            return batch if stride == size else []
+        if extent is None or not index.axes <= channels:
+            return []
+        size *= extent
+    return []
 
 
 def _is_small(nest: Nest, tile: Tile, rows: Side, cols: Side, depth: Side, along: bool) -> bool:
@@ -293,4 +324,4 @@ def _described(nest: Nest, form: Form) -> list[tuple[tuple[object, ...], Product
 def _choices(nest: Nest, product: Product) -> tuple[object, ...]:
     split = {*of_reductions(nest, product.split)}
     sides = product.rows, product.cols, product.depth
-    return sides, product.tile, split, product.warps, product.stages
+    return sides, product.tile, split, product.apart or product.warps, product.stages

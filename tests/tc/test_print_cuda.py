@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -161,6 +162,27 @@ def test_warps_have_a_group_each(direction: str, channels: int, word: int) -> No
     assert kernel is not None
     assert f" turn<{word}>(" in kernel.source
     assert (f" put<{word}>(" in kernel.source) == (direction != "grad_weight")
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "groups"), [(4, 4, 8), (8, 8, 4), (16, 16, 4), (4, 8, 7), (2, 4, 5), (3, 3, 16)]
+)
+@pytest.mark.parametrize("direction", PASSES)
+def test_warps_have_a_group_of_several_channels(
+    direction: str, channels: int, filters: int, groups: int
+) -> None:
+    """What lies behind each other are groups, and their results are written together."""
+    geometry = Geometry(channels * groups, filters * groups, groups, (2, 5, 9), (3, 3, 3), padding=(1, 1, 1))
+    problem = problem_of(direction, geometry, "channels_last_3d", bias=True)
+    nest, read = nest_of(problem), filters if direction == "grad_input" else channels
+    written = channels + filters - read
+    # A program that has a part of a group's filters writes them as others do.
+    found = [p for p in products(nest) if p.apart and (p.cols[1] >= written or direction == "grad_weight")]
+    random.Random(channels).shuffle(found)
+    kernel = checked(Case(problem, 2, 7), found, most=40)
+    assert kernel is not None
+    assert f" copy<{2 * math.gcd(8, read)}>(" in kernel.source
+    assert (" put<" in kernel.source) == (direction != "grad_weight")
 
 
 def test_what_no_warps_can_share_is_refused() -> None:
