@@ -36,8 +36,12 @@ from .source import source
 CLIMBS = 6
 """Families of C++ schedules whose tiles are worked out; the model puts the others far behind."""
 
+GLANCE, PROMISING = 48, 8
+"""Tiles of a family of Triton schedules that are compared at first, and how many families are then looked at
+closely: with these, the best of 108 passes by the model is what it was when all of them were."""
+
 TILES = 300
-"""Tiles of a family of Triton schedules that are compared, evenly spread where there are more."""
+"""Tiles of a family that are compared then, evenly spread where there are more."""
 
 LEADERS = 6
 """Those of them that are tried with all counts of lanes."""
@@ -123,15 +127,18 @@ class Space:
         return families
 
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
-        families = []
         every: list[tuple[Sequence[Tiled], Callable[[Container[Any]], Iterable[Tiled]]]]
         spaces = (space_triton, space_product, space_banded, *([space_staged] if has_cuda() else []))
         every = [family for space in spaces for family in space.families(self.nest)]
-        for first, rest in every:
-            compared = first[:: -(-len(first) // TILES)] if first else first
-            seen = {point: self._costed(point) for point in compared}
-            leaders = {point.tile for point in sorted(seen, key=lambda p: seen[p][0])[:LEADERS]}
-            seen |= {point: self._costed(point) for point in rest(leaders) if point not in seen}
+        glances = [{point: self._costed(point) for point in _spread(first, GLANCE)} for first, _ in every]
+        best = [min((cost for cost, _ in seen.values()), default=math.inf) for seen in glances]
+        worth = max(sorted(best)[:PROMISING], default=math.inf)
+        families = []
+        for (first, rest), seen, cost in zip(every, glances, best):
+            if cost <= worth:
+                seen |= {point: self._costed(point) for point in _spread(first, TILES) if point not in seen}
+                leaders = {point.tile for point in sorted(seen, key=lambda p: seen[p][0])[:LEADERS]}
+                seen |= {point: self._costed(point) for point in rest(leaders) if point not in seen}
             families.append([pair for pair in seen.values() if pair[0] < math.inf])
         return families
 
@@ -214,6 +221,11 @@ class Space:
         except ScheduleError:
             return False
         return True
+
+
+def _spread(points: Sequence[Tiled], most: int) -> Sequence[Tiled]:
+    """At most so many of them, evenly spread."""
+    return points[:: -(-len(points) // most)] if points else points
 
 
 def has_cuda() -> bool:

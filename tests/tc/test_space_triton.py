@@ -13,7 +13,7 @@ import torch
 
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.problem import DIRECTIONS, LAYOUTS, Geometry, Problem
-from g3dswap.tc import model_triton
+from g3dswap.tc import model_triton, space
 from g3dswap.tc.kernel import show
 from g3dswap.tc.nest import Nest
 from g3dswap.tc.product import is_product
@@ -187,6 +187,19 @@ def measured(layer: dict[str, Any]) -> list[tuple[float, float]]:
         scheduled = apply(nest, schedule_of(digits))
         found.append((model_triton.cost(scheduled, int(warps), layer["batch"]), microseconds))
     return found
+
+
+def test_a_glance_tells_which_families_are_promising(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a strided layer's gradient there are thirty-five, and the best schedule is in one of the first."""
+    geometry = Geometry(256, 256, 32, (8, 28, 28), (3, 3, 3), (2, 2, 2), (1, 1, 1))
+    nest = nest_of(Problem("grad_weight", geometry, torch.float32, device="cuda", precision="tf32"))
+    monkeypatch.setattr(space, "TILES", 60)
+    monkeypatch.setattr(space, "GLANCE", 12)
+    quick, thorough = Space(nest, "triton"), Space(nest, "triton")
+    found = quick.default(), sum(map(len, quick._families))
+    monkeypatch.setattr(space, "PROMISING", 1000)
+    assert thorough.cost(found[0]) == thorough.cost(thorough.default())
+    assert found[1] < 0.6 * sum(map(len, thorough._families))
 
 
 def test_the_model_finds_the_fast_kernels_of_a_gpu() -> None:
