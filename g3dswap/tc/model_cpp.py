@@ -89,10 +89,9 @@ def _has_lanes(nest: Nest, access: Access) -> bool:
     return False
 
 
-def check(nest: Nest) -> dict[str, Buffer]:
-    """The buffers of a schedule; ScheduleError if a corner of its tile has no place in memory."""
-    buffers = {s.tensor: make_buffer(nest, s) for s in nest.stages}
-    placer = Placer(nest, buffers)
+def check(nest: Nest) -> None:
+    """ScheduleError: a corner of a tile has no place in memory.  This takes longer than what follows."""
+    placer = Placer(nest, _buffers(nest))
     unrolled = {f"v{i}": (p.count or 1) - 1 for i, p in enumerate(nest.loops) if p.bind == "unroll"}
     divided = any(i.divisor > 1 for f in nest.factors for i in f.indices)
     corners = (
@@ -101,12 +100,15 @@ def check(nest: Nest) -> dict[str, Buffer]:
     for values in [*itertools.islice(corners, MOST_CORNERS), tuple(unrolled.values())]:
         for access in nest.accesses:
             placer.place(access, dict(zip(unrolled, values)))
-    return buffers
+
+
+def _buffers(nest: Nest) -> dict[str, Buffer]:
+    return {s.tensor: make_buffer(nest, s) for s in nest.stages}
 
 
 def cost(nest: Nest, threads: int, batch: int = 1) -> float:
-    """Estimated seconds of a scheduled nest.  ScheduleError: it cannot be printed."""
-    buffers = check(nest)
+    """Estimated seconds of a nest, which `check` may still refuse.  ScheduleError: a stage has no buffer."""
+    buffers = _buffers(nest)
     tile = count(nest)
     counts = [loop.count or batch for loop in nest.loops]
     runs = math.prod(counts[: nest.tile_start])

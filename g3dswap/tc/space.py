@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import heapq
+import itertools
 import math
 import os
 import random
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +27,7 @@ from . import (
     space_triton,
 )
 from .compile_cuda import is_available
+from .model_cpp import check
 from .model_cpp import cost as cost_cpp
 from .nest import Nest
 from .print_cuda import is_cuda
@@ -82,6 +85,7 @@ class Space:
         try:
             scheduled = apply(self.nest, schedule)
             if self.target == "cpp":
+                check(scheduled)
                 return cost_cpp(scheduled, self.threads)
             warps = schedule.hint("warps", 4)
             if is_cuda(schedule):
@@ -112,19 +116,42 @@ class Space:
         return sorted(ordered, key=lambda f: f[0][0])
 
     def _cpp_families(self) -> list[list[tuple[float, Schedule]]]:
-        starts = []
+        families = []
+        for point in itertools.islice(self._cpp_starts(), CLIMBS):
+            seen = space_cpp.climb(self.nest, point, self.threads)
+            families.append(self._legal([(c, p.schedule(self.nest)) for p, c in seen.items()]))
+        return families
+
+    def _cpp_starts(self) -> Iterator[space_cpp.Point]:
+        """A legal point of each family, the cheapest first; the model is asked before what is legal."""
+        waiting: list[tuple[float, int, space_cpp.Point, Iterator[space_cpp.Point]]] = []
+        number = itertools.count()
+
+        def wait(points: Iterator[space_cpp.Point]) -> None:
+            for point in points:
+                cost = space_cpp.estimate(self.nest, point, self.threads)
+                if cost < math.inf:
+                    return heapq.heappush(waiting, (cost, next(number), point, points))
+
         for lanes in space_cpp.lane_axes(self.nest):
             for staged in space_cpp.stage_sets(self.nest, lanes):
-                point = space_cpp.start(self.nest, lanes, staged)
-                if point is not None:
-                    starts.append((space_cpp.evaluate(self.nest, point, self.threads) or math.inf, point))
-        starts.sort(key=lambda pair: pair[0])
-        families = []
-        for _, point in starts[:CLIMBS]:
-            seen: dict[space_cpp.Point, float | None] = {}
-            space_cpp.climb(self.nest, point, self.threads, seen)
-            families.append([(c, p.schedule(self.nest)) for p, c in seen.items() if c is not None])
-        return families
+                wait(space_cpp.starts(self.nest, lanes, staged))
+        while waiting:
+            *_, point, others = heapq.heappop(waiting)
+            if space_cpp.is_legal(self.nest, point):
+                yield point
+            else:
+                wait(others)
+
+    def _legal(self, family: list[tuple[float, Schedule]]) -> list[tuple[float, Schedule]]:
+        """The cheapest that are legal, as many as are ranked."""
+        found: list[tuple[float, Schedule]] = []
+        for pair in sorted(family, key=lambda pair: (pair[0], str(pair[1]))):
+            if self.cost(pair[1]) < math.inf:
+                found.append(pair)
+            if len(_diverse(found)) == A_FAMILY["cpp"]:
+                break
+        return found
 
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
         every: list[tuple[Sequence[Tiled], Callable[[Container[Any]], Iterable[Tiled]]]]

@@ -10,11 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import ScheduleError
-from .model_cpp import cost
+from .model_cpp import check, cost
 from .nest import Access, Nest
 from .schedule import Digit, Schedule, apply, fused_name
 
@@ -189,31 +189,41 @@ def first_level(nest: Nest, tensor: str, order: tuple[str, ...], grid: int) -> i
     return max([grid, *batch])
 
 
-def start(nest: Nest, lanes: tuple[str, ...], staged: tuple[str, ...]) -> Point | None:
-    """A legal point of a family, or None where the family has none."""
+def starts(nest: Nest, lanes: tuple[str, ...], staged: tuple[str, ...]) -> Iterator[Point]:
+    """Points of a family to begin at, the first that is legal."""
     width = width_of(nest, lanes)
     sides = (a for a in nest.axes if a.extent and 1 < a.extent <= SIDE and a.name not in lanes)
     small = [(a.name, a.extent or 1) for a in sides if _side(nest, a.name)]
     for order, grid in orders(nest, lanes)[:3]:
         for tile in (small, small[-1:], []):
             stages = tuple((t, first_level(nest, t, order, grid)) for t in staged)
-            point = Point(lanes, width, order, grid, tuple(tile), stages)
-            if math.prod(c for _, c in tile) <= MAX_TERMS and evaluate(nest, point, 2) is not None:
-                return point
-    return None
+            yield Point(lanes, width, order, grid, tuple(tile), stages)
 
 
-def evaluate(nest: Nest, point: Point, threads: int) -> float | None:
-    """Model seconds, None for an illegal point or one beyond the limits of the target."""
-    split = math.prod(phases(nest).values())
-    terms = split * math.prod(c for _, c in point.tile)
-    accumulators = split * math.prod(c for a, c in point.tile if not reduces(nest, a))
-    if terms > MAX_TERMS or accumulators > max(MAX_ACCUMULATORS, split):
-        return None
+def estimate(nest: Nest, point: Point, threads: int) -> float:
+    """Model seconds; infinite beyond the limits of the target, and for most illegal points."""
+    if not _is_small(nest, point):
+        return math.inf
     try:
         return cost(apply(nest, point.schedule(nest)), threads)
     except ScheduleError:
-        return None
+        return math.inf
+
+
+def is_legal(nest: Nest, point: Point) -> bool:
+    """Whether a point is within the limits of the target and every corner of its tile has a place."""
+    try:
+        check(apply(nest, point.schedule(nest)))
+    except ScheduleError:
+        return False
+    return _is_small(nest, point)
+
+
+def _is_small(nest: Nest, point: Point) -> bool:
+    split = math.prod(phases(nest).values())
+    terms = split * math.prod(c for _, c in point.tile)
+    accumulators = split * math.prod(c for a, c in point.tile if not reduces(nest, a))
+    return terms <= MAX_TERMS and accumulators <= max(MAX_ACCUMULATORS, split)
 
 
 def _with_tile(point: Point, axis: str, count: int) -> Point:
@@ -270,29 +280,38 @@ def neighbours(nest: Nest, point: Point) -> list[Point]:
     return tiles + _with_stages(nest, point) + _with_order(nest, point)
 
 
-def climb(nest: Nest, point: Point, threads: int, seen: dict[Point, float | None]) -> Point:
-    """Follow the model downhill, one choice after the other; every point that is met is left in `seen`."""
+def climb(nest: Nest, point: Point, threads: int) -> dict[Point, float]:
+    """Follow the model downhill from a legal point, one choice after the other.
+
+    Of every point that is met, the model seconds; infinite if it is known to be illegal, which only those are
+    asked for that are about to be taken.
+    """
+    seen: dict[Point, float] = {}
+    legal = {point}
 
     def value(p: Point) -> float:
         if p not in seen:
-            seen[p] = evaluate(nest, p, threads)
-        found = seen[p]
-        return math.inf if found is None else found
+            seen[p] = estimate(nest, p, threads)
+        return seen[p]
+
+    def best(points: Iterable[Point]) -> Point:
+        for p in sorted([point, *points], key=value):
+            if p in legal or is_legal(nest, p):
+                legal.add(p)
+                return p
+            seen[p] = math.inf
+        return point
 
     while True:
         before = point
         for axis in point.order:
-            point = min(
-                [
-                    point,
-                    *(_with_tile(point, axis, c) for c in tile_choices(nest, axis, point.lanes, point.width)),
-                ],
-                key=value,
+            point = best(
+                _with_tile(point, axis, c) for c in tile_choices(nest, axis, point.lanes, point.width)
             )
-        point = min([point, *_with_stages(nest, point)], key=value)
-        point = min([point, *_with_order(nest, point)], key=value)
+        point = best(_with_stages(nest, point))
+        point = best(_with_order(nest, point))
         if point == before:
-            return point
+            return seen
 
 
 def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
