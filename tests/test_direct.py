@@ -86,7 +86,7 @@ def same(some: list[Tensor], others: list[Tensor]) -> None:
 # It does the same.
 
 
-@settings(max_examples=examples(12))
+@settings(max_examples=examples(8))
 @given(data=st.data())
 def test_random_layers(data: st.DataObject) -> None:
     counts = Counts()

@@ -367,7 +367,7 @@ def layers(draw: Any) -> tuple[dict[str, Any], tuple[int, int, int]]:
     return layer, triple(1, 6)
 
 
-@settings(max_examples=examples(12), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(8), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     drawn=layers(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),

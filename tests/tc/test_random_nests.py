@@ -17,7 +17,7 @@ from tests.geometries import TOLERANCE, Case, arrays, cases, error, expected, op
 from tests.profiles import examples
 
 
-@settings(max_examples=examples(500))
+@settings(max_examples=examples(250))
 @given(cases(longest=7, dtypes=(torch.float64,)))
 def test_interpreted_nests_scheduled_and_not_agree_with_float64(case: Case) -> None:
     nest = make_nest(case.problem)
@@ -31,7 +31,7 @@ def test_interpreted_nests_scheduled_and_not_agree_with_float64(case: Case) -> N
         )
 
 
-@settings(max_examples=examples(150))
+@settings(max_examples=examples(90))
 @given(cases())
 def test_compiled_cpp_with_random_schedules_agrees_with_float64(case: Case) -> None:
     nest = make_nest(case.problem)
@@ -50,7 +50,7 @@ def test_the_default_schedule_agrees_with_float64(case: Case) -> None:
     assert error(out, expected(case, tensors)) <= TOLERANCE[case.problem.dtype]
 
 
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(40))
 @given(cases(dtypes=(torch.float32,)))
 def test_mutations_and_crossings_are_legal_and_schedules_survive_json(case: Case) -> None:
     space = Space(make_nest(case.problem), "cpp")

@@ -68,7 +68,7 @@ def test_a_narrower_word_where_the_widest_does_not_fit() -> None:
     assert "tl.pointer_type(tl.int32)" in source and "tl.pointer_type(tl.int64)" not in source
 
 
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(30))
 @given(
     direction=st.sampled_from(DIRECTIONS),
     dtype=st.sampled_from(DTYPES),
