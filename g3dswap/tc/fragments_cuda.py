@@ -134,7 +134,8 @@ class TapFragments:
 
     own: the loops inside that it depends on, the nearest elements last; their steps are its taps.
     paired: two elements of a depth lie together, so that a fragment is read as it is.
-    laid: they do not, and warps share what is laid out of them; where warps are apart, each collects its own.
+    laid: they do not, and warps share what is laid out of them.
+    collected: where warps are apart, each collects its own instead.
     kept: each thread has registers for all of them.
     """
 
@@ -157,10 +158,11 @@ class TapFragments:
         self.parts = self.deep * self.cols
         self.paired = self._is_paired()
         self.laid = not self.paired and not program.apart
+        self.collected = not self.paired and not self.laid
         self.place = 0
         registers = self.taps * self.parts * 2
         self.kept = not any(i in program.serial for i in self.own) and registers <= KEPT
-        if not (self.paired or self.laid or self.kept):
+        if self.collected and not self.kept:
             raise ScheduleError(f"a warp of its own keeps {registers} registers of {program.other}.")
         mine = {f"v{i}" for i in self.own}
         self.moved = program.part(self.address, *mine)
@@ -192,7 +194,7 @@ class TapFragments:
                 self._begin("part")
                 program.emit("#pragma unroll")
                 with program.block(f"for (int tap = warp % {share}; tap < {self.taps}; tap += {share})"):
-                    self._collect()
+                    self._collect("part")
                     place = f"(tap * {self.parts} + part) * {WARP}"
                     program.emit(f"to[{place}] = make_uint2(found[0], found[1]);")
 
@@ -205,13 +207,12 @@ class TapFragments:
         with program.block("for (int j = 0; j < 4; ++j)"):
             self._place_in_depth(part)
             program.emit(f"at[j] = {program.form(self.address - self.moved)};")
-        program.emit(f"const int fragment = {part};")
 
     def _place_in_depth(self, part: str) -> None:
         place = f"{part} / {self.cols} * {DEEP} + lane % 4 * 2 + j % 2 + j / 2 * {EIGHT}"
         self.program.emit(f"const int depth = {place};")
 
-    def _collect(self) -> None:
+    def _collect(self, part: str) -> None:
         """Find a lane's pairs of a fragment at a tap, each element for itself."""
         program = self.program
         if self.own:
@@ -219,7 +220,7 @@ class TapFragments:
         program.emit("u32 found[2] = {};", "#pragma unroll")
         with program.block("for (int j = 0; j < 4; ++j)"):
             if self.ties:
-                self._place_in_depth("fragment")
+                self._place_in_depth(part)
             element = self._if_tied(f"from[at[j] + ({program.form(self.moved)})]")
             program.emit(f"found[j / 2] |= u32({element}) << j % 2 * 16;")
 
@@ -228,18 +229,18 @@ class TapFragments:
         program = self.program
         program.emit(f"u32 other[{self.taps}][{self.deep}][{self.cols}][2];")
         for step, col in itertools.product(range(self.deep), range(self.cols)):
-            alone = not self.paired and not self.laid
+            part = str(step * self.cols + col)
             with program.block():
-                if alone:
-                    self._begin(str(step * self.cols + col))
+                if self.collected:
+                    self._begin(part)
                 program.emit("#pragma unroll")
                 with program.block(f"for (int tap = 0; tap < {self.taps}; ++tap)"):
                     to = f"other[tap][{step}][{col}]"
-                    if alone:
-                        self._collect()
+                    if self.collected:
+                        self._collect(part)
                         program.emit(f"{to}[0] = found[0], {to}[1] = found[1];")
                         continue
-                    if not self.laid and self.own:
+                    if self.paired and self.own:
                         program.decode(self.own, "tap")
                     self._read(to, "tap", {}, step, col)
 

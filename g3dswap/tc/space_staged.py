@@ -283,9 +283,9 @@ def _following(nest: Nest) -> list[str]:
     for stride, extent, index in sorted(dims, key=lambda dim: dim[0]):
         if extent == 1:
             continue
-        if stride != size or index.axes <= {*batch}:
-            return batch if stride == size else []
-        if extent is None or not index.axes <= channels:
+        if stride == size and index.axes <= {*batch}:
+            return batch
+        if stride != size or extent is None or not index.axes <= channels:
             return []
         size *= extent
     return []
