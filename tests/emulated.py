@@ -130,15 +130,14 @@ template <int WIDTH> static void put(u16* to, const u16* from) {
   memcpy(to, from, 2 * WIDTH);
 }
 static void committed() { fibers[threadIdx.x].copies.emplace_back(); }
-static void arrived(int left) {
+template <int GROUPS> static void arrived() {
   auto& copies = fibers[threadIdx.x].copies;
-  while ((int)copies.size() - 1 > left) {
+  while (copies.size() > GROUPS + 1) {
     for (const Copy& it : copies.front()) carried_out(it);
     copies.erase(copies.begin());
   }
   __syncthreads();
 }
-template <int GROUPS> static void arrived() { arrived(GROUPS); }
 static u32 word(u32 at) {
   inside(memory + at, 4);
   aligned(memory + at, 4);

@@ -20,10 +20,10 @@ from .nest import Access
 from .place import Env
 from .roles import batches
 
-ITEM, WIDEST = 2, 16
-"""Bytes of an element, and those that one copy of a thread brings, at most."""
+WIDEST = 16
+"""Bytes that one copy of a thread brings, at most."""
 WIDTHS = (2, 4, 8)
-"""Elements of the copies for which more is brought than is read."""
+"""Elements, of a half type, of copies wider than one."""
 BESIDE = 0.75
 """What an element of a line takes, in room and in time, beside the copies of it (measured on an H100)."""
 EIGHT = 8
@@ -151,7 +151,7 @@ def aligned(box: Box) -> list[Box]:
         made = replace(made, turned=width) if box.is_turned else replace(made, width=width)
         made = pitched(made, [0] * (len(box.order) - 1), made.width)
         found.append((_copying(made), len(found), made))
-    return [made for _, _, made in sorted(found)]
+    return list(dict.fromkeys(made for _, _, made in sorted(found)))
 
 
 def _copying(box: Box) -> float:
@@ -167,7 +167,7 @@ def _width(dims: Sequence[Dim], innermost: int) -> int:
         return 1
     steps = [dim.extent or 0, dim.base.const, *(c for _, c in dim.base.terms)]
     steps += [other.stride for other in dims if other is not dim and other.extent != 1]
-    width = WIDEST // ITEM
+    width = WIDTHS[-1]
     while width > 1 and any(step % width for step in steps):
         width //= 2
     return width

@@ -284,8 +284,8 @@ class DepthFragments:
     def __init__(self, program: Program, box: Box, access: Access, side: str, points: Sequence[Env]) -> None:
         self.program, self.access = program, access
         values = program.spotter.indices(access, points[0]) or []
+        conflicts = _conflicts(program, values, "depth", EIGHT)
         for whole in aligned(box):
-            conflicts = _conflicts(program, values, "depth", EIGHT)
             self.box = without_conflicts(whole, max(EIGHT, whole.width), conflicts)
             address = _address_of(program, self.box, access, points, ("depth", side), EIGHT)
             if address is not None:

@@ -89,9 +89,14 @@ def _has_lanes(nest: Nest, access: Access) -> bool:
     return False
 
 
-def check(nest: Nest) -> None:
-    """ScheduleError: a corner of a tile has no place in memory.  This takes longer than what follows."""
-    placer = Placer(nest, _buffers(nest))
+def buffers_of(nest: Nest) -> dict[str, Buffer]:
+    """Of the stages.  ScheduleError: one has none."""
+    return {s.tensor: make_buffer(nest, s) for s in nest.stages}
+
+
+def check(nest: Nest, buffers: dict[str, Buffer]) -> None:
+    """ScheduleError: a corner of a tile has no place in memory.  This takes longer than the cost."""
+    placer = Placer(nest, buffers)
     unrolled = {f"v{i}": (p.count or 1) - 1 for i, p in enumerate(nest.loops) if p.bind == "unroll"}
     divided = any(i.divisor > 1 for f in nest.factors for i in f.indices)
     corners = (
@@ -102,13 +107,8 @@ def check(nest: Nest) -> None:
             placer.place(access, dict(zip(unrolled, values)))
 
 
-def _buffers(nest: Nest) -> dict[str, Buffer]:
-    return {s.tensor: make_buffer(nest, s) for s in nest.stages}
-
-
-def cost(nest: Nest, threads: int, batch: int = 1) -> float:
-    """Estimated seconds of a nest, which `check` may still refuse.  ScheduleError: a stage has no buffer."""
-    buffers = _buffers(nest)
+def cost(nest: Nest, buffers: dict[str, Buffer], threads: int, batch: int = 1) -> float:
+    """Estimated seconds of a nest, which `check` may still refuse."""
     tile = count(nest)
     counts = [loop.count or batch for loop in nest.loops]
     runs = math.prod(counts[: nest.tile_start])

@@ -20,7 +20,7 @@ from .model_product import CYCLES
 from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
 from .nest import Access, Index, Nest
 from .program_cuda import COLS, DEEP, MOST_SHARED, ROWS
-from .roles import image_and_other, roles_of
+from .roles import Roles, image_and_other, roles_of
 from .words import ITEM_BYTES, WARP
 
 LAUNCH, TOTAL = 4.5e-6, 8e-6
@@ -236,13 +236,14 @@ def _part(nest: Nest, access: Access, level: int) -> _Part:
         for index in access.indices
     ]
     width, together, turned = 1, 1, False
-    side = {*roles_of(nest).channels, *roles_of(nest).other}
+    roles = roles_of(nest)
+    side = {*roles.channels, *roles.other}
     dims = zip(access.indices, spans, tensor.shape, tensor.strides)
     for index, span, extent, stride in sorted(dims, key=lambda dim: dim[3]):
         if stride == 1 and span > 1:
             turned = not index.axes & side
             moves = [c * _inside(nest, a, level) for a, c in index.terms if _is_outside(nest, a, level)]
-            steps = (_fixed(nest, index), extent or 0, *moves)
+            steps = (_fixed(roles, index), extent or 0, *moves)
             width = next(
                 w for w in (8, 4, 2, 1) if w * size <= WIDEST and w <= span and not any(s % w for s in steps)
             )
@@ -251,10 +252,9 @@ def _part(nest: Nest, access: Access, level: int) -> _Part:
     return _Part(math.prod(spans), width, together, size, turned)
 
 
-def _fixed(nest: Nest, index: Index) -> int:
+def _fixed(roles: Roles, index: Index) -> int:
     """Where a part begins that may not begin sooner: fragments of rows are read in pairs, those of a depth by
     eights, and what is turned around may begin anywhere."""
-    roles = roles_of(nest)
     if not index.axes & {*roles.channels}:
         return 0
     return index.offset % 2 if roles.along else index.offset

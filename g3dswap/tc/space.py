@@ -27,7 +27,7 @@ from . import (
     space_triton,
 )
 from .compile_cuda import is_available
-from .model_cpp import check
+from .model_cpp import buffers_of, check
 from .model_cpp import cost as cost_cpp
 from .nest import Nest
 from .print_cuda import is_cuda
@@ -85,8 +85,9 @@ class Space:
         try:
             scheduled = apply(self.nest, schedule)
             if self.target == "cpp":
-                check(scheduled)
-                return cost_cpp(scheduled, self.threads)
+                buffers = buffers_of(scheduled)
+                check(scheduled, buffers)
+                return cost_cpp(scheduled, buffers, self.threads)
             warps = schedule.hint("warps", 4)
             if is_cuda(schedule):
                 return model_staged.cost(scheduled, warps, schedule.hint("stages", 1), room=self._room)
@@ -118,8 +119,7 @@ class Space:
     def _cpp_families(self) -> list[list[tuple[float, Schedule]]]:
         families = []
         for point in itertools.islice(self._cpp_starts(), CLIMBS):
-            seen = space_cpp.climb(self.nest, point, self.threads)
-            families.append(self._legal([(c, p.schedule(self.nest)) for p, c in seen.items()]))
+            families.append(self._legal(space_cpp.climb(self.nest, point, self.threads)))
         return families
 
     def _cpp_starts(self) -> Iterator[space_cpp.Point]:
@@ -143,14 +143,15 @@ class Space:
             else:
                 wait(others)
 
-    def _legal(self, family: list[tuple[float, Schedule]]) -> list[tuple[float, Schedule]]:
-        """The cheapest that are legal, as many as are ranked."""
+    def _legal(self, seen: dict[space_cpp.Point, float]) -> list[tuple[float, Schedule]]:
+        """The cheapest points of a family that are legal, as many as are ranked."""
         found: list[tuple[float, Schedule]] = []
-        for pair in sorted(family, key=lambda pair: (pair[0], str(pair[1]))):
-            if self.cost(pair[1]) < math.inf:
-                found.append(pair)
-            if len(_diverse(found)) == A_FAMILY["cpp"]:
-                break
+        met = ((cost, point.schedule(self.nest), point) for point, cost in seen.items() if cost < math.inf)
+        for cost, schedule, point in sorted(met, key=lambda it: (it[0], str(it[1]))):
+            if space_cpp.is_legal(self.nest, point):
+                found.append((cost, schedule))
+                if len(_diverse(found)) == A_FAMILY["cpp"]:
+                    break
         return found
 
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import ScheduleError
-from .model_cpp import check, cost
+from .model_cpp import buffers_of, check, cost
 from .nest import Access, Nest
 from .schedule import Digit, Schedule, apply, fused_name
 
@@ -205,7 +205,8 @@ def estimate(nest: Nest, point: Point, threads: int) -> float:
     if not _is_small(nest, point):
         return math.inf
     try:
-        return cost(apply(nest, point.schedule(nest)), threads)
+        scheduled = apply(nest, point.schedule(nest))
+        return cost(scheduled, buffers_of(scheduled), threads)
     except ScheduleError:
         return math.inf
 
@@ -213,7 +214,8 @@ def estimate(nest: Nest, point: Point, threads: int) -> float:
 def is_legal(nest: Nest, point: Point) -> bool:
     """Whether a point is within the limits of the target and every corner of its tile has a place."""
     try:
-        check(apply(nest, point.schedule(nest)))
+        scheduled = apply(nest, point.schedule(nest))
+        check(scheduled, buffers_of(scheduled))
     except ScheduleError:
         return False
     return _is_small(nest, point)
@@ -283,24 +285,24 @@ def neighbours(nest: Nest, point: Point) -> list[Point]:
 def climb(nest: Nest, point: Point, threads: int) -> dict[Point, float]:
     """Follow the model downhill from a legal point, one choice after the other.
 
-    Of every point that is met, the model seconds; infinite if it is known to be illegal, which only those are
-    asked for that are about to be taken.
+    The model seconds of the points that are met, less those that turned out to be illegal: only what is about
+    to be taken is checked.
     """
     seen: dict[Point, float] = {}
-    legal = {point}
+    legal = {point: True}
 
     def value(p: Point) -> float:
         if p not in seen:
             seen[p] = estimate(nest, p, threads)
         return seen[p]
 
+    def may_be_taken(p: Point) -> bool:
+        if p not in legal:
+            legal[p] = is_legal(nest, p)
+        return legal[p]
+
     def best(points: Iterable[Point]) -> Point:
-        for p in sorted([point, *points], key=value):
-            if p in legal or is_legal(nest, p):
-                legal.add(p)
-                return p
-            seen[p] = math.inf
-        return point
+        return next(filter(may_be_taken, sorted([point, *points], key=value)))
 
     while True:
         before = point
@@ -311,7 +313,7 @@ def climb(nest: Nest, point: Point, threads: int) -> dict[Point, float]:
         point = best(_with_stages(nest, point))
         point = best(_with_order(nest, point))
         if point == before:
-            return seen
+            return {p: seconds for p, seconds in seen.items() if legal.get(p, True)}
 
 
 def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:

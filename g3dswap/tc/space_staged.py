@@ -179,31 +179,31 @@ def _products(nest: Nest, roles: Roles, form: Form, thorough: bool) -> Iterator[
         shares += [(others[0], wide // n) for n in (2, 4) if len(others[0]) == 1 and wide % (n * COLS) == 0]
     taps = tuple((a, nest.extent(a) or 1) for a in sides(nest) if (nest.extent(a) or 1) > 1)
     unrolled = [taps] if roles.along else [taps[start:] for start in range(min(3, len(taps) + 1))]
+    workers = _workers(nest, form)
     for place, outside in _places(nest, roles, thorough):
         blocks = tuple((a, p) for a, p in phases(nest).items() if a in place[0])
-        workers = list(_workers(nest, form, place[1], thorough))
-        for own, window, share in itertools.product(unrolled, _windows(nest, outside), shares):
-            for group, apart, warps in workers:
-                tile = (*own, *window, *group, *blocks)
-                rows, depth = (place, channels) if roles.along else (channels, place)
-                if not _is_small(nest, tile, rows, share, depth, roles.along):
-                    continue
-                three = rows, share, depth
-                for split in splits(nest, three, (*tile, *apart), PROGRAMS) if not roles.along else [()]:
-                    made = Product(*three, *form, tile, split, 1, 1, 0, staged=True)
-                    buffers = (1, 2) if not roles.along and made.loops(nest) else (1,)
-                    for number, stages in itertools.product(warps, buffers):
-                        yield replace(made, warps=number, stages=stages, apart=apart)
+        rows, depth = (place, channels) if roles.along else (channels, place)
+        sharing = _sharing(-(-place[1] // ROWS), thorough)
+        choices = itertools.product(unrolled, _windows(nest, outside), shares, workers)
+        for own, window, share, (group, apart) in choices:
+            tile = (*own, *window, *group, *blocks)
+            if not _is_small(nest, tile, rows, share, depth, roles.along):
+                continue
+            three = rows, share, depth
+            for split in splits(nest, three, (*tile, *apart), PROGRAMS) if not roles.along else [()]:
+                made = Product(*three, *form, tile, split, 1, 1, 0, staged=True, apart=apart)
+                buffers = (1, 2) if not roles.along and made.loops(nest) else (1,)
+                numbers = [count for _, count in apart] or sharing
+                for warps, stages in itertools.product(numbers, buffers):
+                    yield replace(made, warps=warps, stages=stages)
 
 
-def _workers(nest: Nest, form: Form, places: int, thorough: bool) -> Iterator[tuple[Tile, Tile, list[int]]]:
-    """Groups of a program, one after another or each with a warp of its own, and its numbers of warps."""
-    apart = _apart(nest)
-    for axis, count in apart:
-        yield (), ((axis, count),), [count]
-    if not apart or not _nearest(nest) <= {*batches(nest)}:
-        for group in _groups(nest, form):
-            yield group, (), _sharing(-(-places // ROWS), thorough)
+def _workers(nest: Nest, form: Form) -> list[tuple[Tile, Tile]]:
+    """Groups of a program: one after another, or each with a warp of its own."""
+    apart: list[tuple[Tile, Tile]] = [((), (step,)) for step in _apart(nest)]
+    if apart and _nearest(nest) <= {*batches(nest)}:
+        return apart
+    return apart + [(group, ()) for group in _groups(nest, form)]
 
 
 def _sharing(tiles: int, thorough: bool) -> list[int]:
