@@ -21,10 +21,11 @@ from g3dswap.tc.kernel import Kernel
 from g3dswap.tc.launch import Entry
 from g3dswap.tc.nest import Nest
 from g3dswap.tc.prelude_cuda import MEMORY, prelude_cuda
-from g3dswap.tc.print_cuda import print_cuda, shared_bytes
+from g3dswap.tc.print_cuda import shared_bytes
 from g3dswap.tc.runtime_cpp import compiler
 from g3dswap.tc.runtime_triton import Programs
 from g3dswap.tc.schedule import Schedule, apply
+from g3dswap.tc.source import source as source_of
 
 PRELUDE = r"""
 #include <algorithm>
@@ -261,7 +262,7 @@ class Emulated:
 def emulated(nest: Nest, schedule: Schedule) -> Kernel:
     """The kernel of a nest and a schedule; ScheduleError: it does not print."""
     scheduled = apply(nest, schedule)
-    source = print_cuda(scheduled, schedule.hint("warps", 4), schedule.hint("stages", 1))
+    source = source_of(scheduled, schedule, "triton")
     return Kernel(scheduled, schedule, "triton", Emulated(scheduled, schedule, source))
 
 

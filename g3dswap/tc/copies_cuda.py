@@ -38,8 +38,8 @@ class _Run:
         return dim.stride == self.count * self.stride and dim.pitch == self.count * self.pitch
 
 
-def write_copy(text: CudaText, box: Box, to: str, threads: int) -> None:
-    """Copy a box; `to` is the text of where it begins in shared memory."""
+def write_copy(text: CudaText, box: Box, to: str, threads: int, thread: str = "thread") -> None:
+    """Copy a box by so many threads; `to` is where it begins in shared memory, `thread` each one's number."""
     tensor = text.nest.tensor(box.tensor)
     base = Linear()
     for dim in box.dims:
@@ -55,15 +55,17 @@ def write_copy(text: CudaText, box: Box, to: str, threads: int) -> None:
         text.emit(f"const u16* from = {tensor.name} + ({text.form(base, kind='(i64)')});")
         if fixed:
             text.emit(f"const bool here = {' && '.join(fixed)};")
-        _write_loops(text, tensor.name, runs, threads, bool(fixed))
+        _write_loops(text, tensor.name, runs, threads, thread, bool(fixed))
 
 
-def _write_loops(text: CudaText, tensor: str, runs: list[_Run], threads: int, fixed: bool) -> None:
+def _write_loops(
+    text: CudaText, tensor: str, runs: list[_Run], threads: int, thread: str, fixed: bool
+) -> None:
     inside = _goes_inside(runs, threads)
     decoded = runs[:-1] if inside else runs
     total = math.prod(run.steps for run in decoded)
     text.emit(f"#pragma unroll {1 if inside else max(1, min(MOST_UNROLLED, total // threads))}")
-    with text.block(f"for (int e = thread; e < {total}; e += {threads})"):
+    with text.block(f"for (int e = {thread}; e < {total}; e += {threads})"):
         rest = "e"
         for place, run in enumerate(decoded):
             scale = f" * {run.width}" if run.width > 1 else ""

@@ -2,7 +2,7 @@
 
 A program copies its parts of both factors to shared memory, in a loop over what it sums, the next on their
 way while one is multiplied.  Its warps share the depth, each with all sums, which are added up in a fixed
-order.
+order.  Where a part is too small for so many warps, each team of them has a part of its own.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ from contextlib import contextmanager
 
 from ..errors import ScheduleError
 from .box import box_of
+from .copies_cuda import write_copy
 from .fragments_cuda import DepthFragments
 from .nest import Access, Nest
 from .place import Env
 from .program_cuda import COLS, DEEP, ROWS, Program
+from .sums_cuda import DepthSums
 from .words import WARP
 
 
 class DepthProgram(Program):
-    """buffers: parts that there is room for."""
+    """buffers: parts of a team that there is room for.  teams: of warps, each with every so-many-th part."""
 
-    def __init__(self, nest: Nest, warps: int, buffers: int) -> None:
+    def __init__(self, nest: Nest, warps: int, buffers: int, teams: int) -> None:
         super().__init__(nest, warps)
-        self.buffers = buffers
+        if warps % teams or (self.apart and teams > 1):
+            raise ScheduleError(f"{teams} teams of {warps} warps; teams are equal, and share their groups.")
+        self.buffers, self.teams = buffers, teams
+        self.members = self.threads // teams
         self.sums = math.prod(nest.loops[i].count or 1 for i in self.parallel)
 
     def write(self) -> None:
@@ -43,28 +48,57 @@ class DepthProgram(Program):
         before = self.shared
         starts = [self.take(factor.box.size * 2) - before for factor in factors]
         size = self.shared - before
-        self.take(size * (self.buffers - 1))
-        buffer = f"{before}" + (f" + step % {self.buffers} * {size}" if self.buffers > 1 else "")
+        self.take(size * (self.buffers * self.teams - 1))
+        buffer = f"{before}" + (f" + round % {self.buffers} * {size}" if self.buffers > 1 else "")
+        step, rounds = "round", "steps"
+        if self.teams > 1:
+            self.emit(f"const int team = thread / {self.members}, member = thread % {self.members};")
+            buffer += f" + team * {size * self.buffers}"
+            step, rounds = f"round * {self.teams} + team", f"(steps + {self.teams - 1}) / {self.teams}"
         self.emit(f"float sum[{self.sums}][{self.rows}][{self.cols}][4] = {{}};")
         self.emit(f"const int steps = {' * '.join(self.count(i) for i in self.serial) or '1'};")
-        with self.block("auto fetch = [&](int step)", "};"):
-            if self.serial:
-                self.decode(self.serial, "step")
-            for factor, start in zip(factors, starts):
-                self.copy(factor.box, f"memory + {buffer} + {start}")
+        self.emit(f"const int rounds = {rounds};")
+        with self.block("auto fetch = [&](int round)", "};"):
+            self.emit(f"const int step = {step};")
+            with self.own_part():
+                if self.serial:
+                    self.decode(self.serial, "step")
+                for factor, start in zip(factors, starts):
+                    write_copy(self, factor.box, f"memory + {buffer} + {start}", self.members, self.member)
+            self.emit("committed();")
         ahead = self.buffers > 1
         if ahead:
-            self.emit("if (steps > 0) fetch(0);")
+            self.emit("if (rounds > 0) fetch(0);")
         self.emit("#pragma unroll 1")
-        with self.block("for (int step = 0; step < steps; ++step)"):
-            self.emit("if (step + 1 < steps) fetch(step + 1);" if ahead else "fetch(step);")
-            # A part is two groups of copies.
-            self.emit("step + 1 < steps ? arrived<2>() : arrived<0>();" if ahead else "arrived<0>();")
-            self.emit(f"const u32 buffer = address(memory) + {buffer};")
-            self.multiply(factors, starts, points)
+        with self.block("for (int round = 0; round < rounds; ++round)"):
+            self.emit("if (round + 1 < rounds) fetch(round + 1);" if ahead else "fetch(round);")
+            self.emit("round + 1 < rounds ? arrived<1>() : arrived<0>();" if ahead else "arrived<0>();")
+            self.emit(f"const int step = {step};", f"const u32 buffer = address(memory) + {buffer};")
+            with self.own_part():
+                self.multiply(factors, starts, points)
             self.emit("__syncthreads();")
-        self.add_up()
-        self.store()
+        sums = DepthSums(self, self.sums, self.rows, self.cols)
+        sums.add_up()
+        sums.store()
+
+    @contextmanager
+    def own_part(self) -> Iterator[None]:
+        """What a team does with its part of a round: nothing where it has none in the last one."""
+        if self.teams == 1:
+            yield
+            return
+        with self.block("if (step < steps)"):
+            yield
+
+    @property
+    def member(self) -> str:
+        """The number of a thread in its team."""
+        return "member" if self.teams > 1 else "thread"
+
+    def shares(self, name: str, count: int) -> str:
+        if self.teams == 1:
+            return super().shares(name, count)
+        return f"for (int {name} = member / {WARP}; {name} < {count}; {name} += {self.warps // self.teams})"
 
     def fragments(self, access: Access, side: str, points: Sequence[Env]) -> DepthFragments:
         variable, level = self.sides[side], self.nest.tile_start
@@ -122,55 +156,3 @@ class DepthProgram(Program):
                 self.emit(f"transposed(b[{number}][{col}], {begin});")
             else:
                 self.emit(f"transposed(b[{number}][{col}], b[{number}][{col + 1}], {begin});")
-
-    @property
-    def pieces(self) -> int:
-        """Fragments of sums that a warp has."""
-        return self.sums * self.rows * self.cols
-
-    @property
-    def kept(self) -> int:
-        """Sums that a program has in the end."""
-        return self.pieces * 4 * WARP * (self.warps if self.apart else 1)
-
-    def add_up(self) -> None:
-        """Bring the sums to shared memory: of all warps where they are apart, else one after another adds."""
-        self.shared = max(self.shared, self.kept * 4)
-        self.emit("float* all = reinterpret_cast<float*>(memory);")
-        if self.apart:
-            with self.own_sums():
-                self.emit(f"all[(warp * {self.pieces * 4} + i) * {WARP} + lane] = own;")
-            self.emit("__syncthreads();")
-            return
-        self.emit("#pragma unroll 1")
-        with self.block(f"for (int turn = 0; turn < {self.warps}; ++turn)"):
-            with self.block("if (warp == turn)"), self.own_sums():
-                self.emit(f"float& to = all[i * {WARP} + lane];", "to = turn ? to + own : own;")
-            self.emit("__syncthreads();")
-
-    @contextmanager
-    def own_sums(self) -> Iterator[None]:
-        """A loop over the sums of a lane."""
-        self.emit("#pragma unroll")
-        with self.block(f"for (int i = 0; i < {self.pieces * 4}; ++i)"):
-            self.emit(f"const float own = sum[i / {self.rows * self.cols * 4}]")
-            self.emit(f"    [i / {self.cols * 4} % {self.rows}][i / 4 % {self.cols}][i % 4];")
-            yield
-
-    def store(self) -> None:
-        spot = self.spotter.spot(self.nest.output, {})
-        assert spot is not None
-        names = dict.fromkeys(self.apart, f"(e / {self.pieces * 4 * WARP})")
-        with self.block(f"for (int e = thread; e < {self.kept}; e += {self.threads})"):
-            rest = f" % {self.pieces}" if self.apart else ""
-            self.emit(f"const int owner = e % {WARP}, part = e / {WARP} % 4, piece = e / {WARP * 4}{rest};")
-            self.emit(
-                f"const int rows = piece / {self.cols} % {self.rows} * {ROWS} + part / 2 * 8 + owner / 4;"
-            )
-            self.emit(f"const int cols = piece % {self.cols} * {COLS} + owner % 4 * 2 + part % 2;")
-            if self.parallel:
-                self.emit(f"const int number = piece / {self.rows * self.cols};")
-                self.decode(self.parallel, "number")
-            value = self.finished("all[e]", {}, names)
-            there = self.where(spot, names, self.shift())
-            self.emit_if(self.test(spot, names), f"narrow({there}, {value});")

@@ -118,13 +118,16 @@ class _Work:
     pieces: int = 0
 
 
-def cost(nest: Nest, warps: int, buffers: int = 1, batch: int = 4, room: int = MOST_SHARED) -> float:
+def cost(
+    nest: Nest, warps: int, buffers: int = 1, teams: int = 1, batch: int = 4, room: int = MOST_SHARED
+) -> float:
     """Estimated seconds of a scheduled nest, run by programs of so many warps; infinite if none fits.
 
+    buffers, teams: as for `print_cuda`.
     room: bytes of shared memory that a program can have.
     """
     programs, runs = runs_of(nest, batch)
-    work = _rows(nest, warps, runs) if roles_of(nest).along else _depth(nest, warps, runs, buffers)
+    work = _rows(nest, warps, runs) if roles_of(nest).along else _depth(nest, warps, runs, buffers, teams)
     if work.shared > room or work.registers > HOPELESS:
         return math.inf
     most = min(MOST_REGISTERS, REGISTERS // (WARP * warps))
@@ -184,12 +187,13 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     )
 
 
-def _depth(nest: Nest, warps: int, runs: int, buffers: int) -> _Work:
+def _depth(nest: Nest, warps: int, runs: int, buffers: int, teams: int) -> _Work:
     factors = image_and_other(nest)
     tile, lengths = tile_of(nest), nest.lengths
     rows, cols, deep = -(-lengths["rows"] // ROWS), lengths["cols"] // COLS, -(-lengths["depth"] // DEEP)
     parts, groups = [_part(nest, factor, nest.tile_start) for factor in factors], _groups(nest)
-    busy, alike = _shared_out(deep, warps, groups)
+    members, busy_teams = warps // teams, min(teams, runs)
+    busy, alike = _shared_out(deep, members, groups)
     planes, others = (footprint(nest, factor, tile).elements for factor in factors)
     sums = accumulators_of(nest, tile) * rows * cols
     products = groups * runs * tile.terms * rows * cols * deep
@@ -197,16 +201,19 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int) -> _Work:
     copies = runs * sum(part.copies for part in parts)
     copied = runs * sum(part.bytes for part in parts)
     ahead = buffers > 1 and all(part.is_async for part in parts)
+    rounds = -(-runs // teams)
     return _Work(
-        shared=max(sum(p.elements * p.size for p in parts) * PADDED * buffers, groups * sums * 4 * WARP * 4),
+        shared=max(
+            sum(p.elements * p.size for p in parts) * PADDED * buffers * teams, groups * sums * 4 * WARP * 4
+        ),
         registers=OWN + sums * 4 + others * cols * 2,
-        busy=busy,
+        busy=busy * busy_teams,
         slots=copies * COPY + products * PRODUCT + loads + sums * 4 * warps * ADDED,
         products=products,
         trips=loads * 4 + groups * runs * others * cols * deep * 2 + copied / LINE,
-        chain=products / sums / groups / alike,
-        arrivals=1 + AWAITED * (runs - 1) if ahead else runs,
-        waits=runs * sum(part.waits(warps * WARP) for part in parts),
+        chain=products / sums / groups / alike / busy_teams,
+        arrivals=1 + AWAITED * (rounds - 1) if ahead else rounds,
+        waits=rounds * sum(part.waits(members * WARP) for part in parts),
         copied=copied,
     )
 

@@ -253,9 +253,13 @@ class Nest:
 
     @property
     def partial_counts(self) -> tuple[int | None, ...]:
-        """How many partial results there are of each element, by what makes them; (): sums are whole."""
+        """How many partial results there are of each element, by what makes them; (): sums are whole.
+
+        Replicas are added up by the program whose factors are staged; elsewhere each is a partial result.
+        """
         grid = tuple(self.loops[i].count for i in self.partial_loops)
-        return (*grid, *(self.extent(name) for name in self.replicas))
+        left = () if self.stages else self.replicas
+        return (*grid, *(self.extent(name) for name in left))
 
     def stage_of(self, tensor: str) -> Stage | None:
         return next((s for s in self.stages if s.tensor == tensor), None)

@@ -27,7 +27,8 @@ class Product:
     stages, ahead: how far ahead Triton begins the loads of a loop, and the printer those of a product.
     across: whether neighbouring lanes load the words of neighbouring blocks, or those of one block.
     staged: whether what is read at shifted positions is copied to shared memory first.
-    apart: a batch axis of which each warp has a step."""
+    apart: a batch axis of which each warp has a step.
+    teams: of warps that have steps of the loop around the product of their own."""
 
     rows: Side
     cols: Side
@@ -42,6 +43,7 @@ class Product:
     across: bool = False
     staged: bool = False
     apart: Tile = ()
+    teams: int = 1
 
     @property
     def sides(self) -> dict[str, Side]:
@@ -76,7 +78,9 @@ class Product:
         binds = {a: bind for bind, (axes, _) in self.sides.items() for a in axes}
         digits += [Digit(a, c, binds[a], True) for a, c in self.words.items()]
         hints = [("across", 1)] if self.across else []
-        hints += [("ahead", self.ahead), ("stages", self.stages), ("warps", self.warps)]
+        hints += [("ahead", self.ahead), ("stages", self.stages)]
+        hints += [("teams", self.teams)] if self.teams > 1 else []
+        hints += [("warps", self.warps)]
         stage = self._stages(whole, digits) if self.staged else ()
         return Schedule(
             tuple(digits), tuple(g for g in groups if len(g) > 1), stage, tuple(hints), self.pack, self.skew
@@ -118,11 +122,12 @@ class Product:
         steps = {d.axis: d.count or 1 for d in schedule.digits if d.bind == "serial"}
         grid = tuple((d.axis, steps.get(d.axis, 1)) for d in schedule.digits if d.bind == "grid")
         hints = (schedule.hint("warps", 4), schedule.hint("stages", 2), schedule.hint("ahead", 0))
-        across = bool(schedule.hint("across", 0))
+        across, teams = bool(schedule.hint("across", 0)), schedule.hint("teams", 1)
         rows, cols, depth = sides["rows"], sides["cols"], sides["depth"]
         staged = bool(schedule.stage)
         apart = tuple((d.axis, d.count or 1) for d in schedule.digits if d.bind == "warps")
-        return cls(rows, cols, depth, schedule.pack, schedule.skew, tile, grid, *hints, across, staged, apart)
+        rewrites = schedule.pack, schedule.skew
+        return cls(rows, cols, depth, *rewrites, tile, grid, *hints, across, staged, apart, teams)
 
 
 def _group(groups: list[tuple[str, ...]], axis: str) -> tuple[str, ...]:

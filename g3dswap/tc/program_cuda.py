@@ -6,8 +6,6 @@ import itertools
 import math
 
 from ..errors import ScheduleError
-from .box import Box
-from .copies_cuda import write_copy
 from .cuda_text import CudaText, Names
 from .nest import Nest
 from .place import Env
@@ -65,11 +63,6 @@ class Program(CudaText):
         if self.nest.partial_loops:
             self.emit(f"const i64 partial = {partial};")
 
-    def copy(self, box: Box, to: str) -> None:
-        """Copy a box to shared memory, as a group of copies of its own."""
-        write_copy(self, box, to, self.threads)
-        self.emit("committed();")
-
     def shares(self, name: str, count: int) -> str:
         """The head of a warp's loop over its part of so many steps: all of them where warps are apart."""
         first, step = ("0", 1) if self.apart else ("warp", self.warps)
@@ -113,7 +106,7 @@ class Program(CudaText):
         """How far this program's partial result lies behind the first."""
         if not self.nest.partial_loops:
             return ""
-        size = math.prod(e for e in self.result.shape if e is not None)
+        size = math.prod(e for e in self.result.shape[len(self.nest.replicas) :] if e is not None)
         return f" + partial * {size}" + (" * batch" if None in self.result.shape else "")
 
     def finished(self, value: str, point: Env, names: Names | None = None) -> str:

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator, Mapping
 
 from ..errors import ScheduleError
-from .box import WIDEST, box_of
+from .box import WIDEST, Box, box_of
+from .copies_cuda import write_copy
 from .fragments_cuda import RowFragments, TapFragments
 from .linear import Linear
 from .place import Env
@@ -46,6 +47,11 @@ class RowsProgram(Program):
             self.emit("u32 a[4];" if taps.kept else "u32 a[4], b[2];")
             self.multiply(image, taps, sums, points, self.serial)
             self.store(sums, taps.cols)
+
+    def copy(self, box: Box, to: str) -> None:
+        """Copy a box to shared memory, as a group of copies of its own."""
+        write_copy(self, box, to, self.threads)
+        self.emit("committed();")
 
     def sums(self) -> dict[Key, Env]:
         """One point for each sum that is stored somewhere, those without a term among them."""

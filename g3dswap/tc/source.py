@@ -14,5 +14,6 @@ def source(nest: Nest, schedule: Schedule, target: str) -> str:
     if target == "cpp":
         return print_cpp(nest)
     if is_cuda(schedule):
-        return print_cuda(nest, schedule.hint("warps", 4), schedule.hint("stages", 1))
+        stages, teams = schedule.hint("stages", 1), schedule.hint("teams", 1)
+        return print_cuda(nest, schedule.hint("warps", 4), stages, teams)
     return print_triton(nest, schedule.hint("ahead", 0), bool(schedule.hint("across", 0)))

@@ -90,7 +90,8 @@ class Space:
                 return cost_cpp(scheduled, buffers, self.threads)
             warps = schedule.hint("warps", 4)
             if is_cuda(schedule):
-                return model_staged.cost(scheduled, warps, schedule.hint("stages", 1), room=self._room)
+                stages, teams = schedule.hint("stages", 1), schedule.hint("teams", 1)
+                return model_staged.cost(scheduled, warps, stages, teams, room=self._room)
             if schedule.skew and is_product(schedule):
                 ahead, across = schedule.hint("ahead", 0), schedule.hint("across", 0)
                 return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across))

@@ -48,11 +48,13 @@ APART = 1.6
 WINDOWS = (1, 2, 4, 8)
 MOST_WARPS, FEW_WARPS = 8, (8, 4, 2)
 """Warps that share positions: at most, and at most where not all numbers of them are compared."""
+TEAMS = (2, 4, 8)
+"""Teams of warps, where there is a loop whose steps they can have."""
 GROUPS = (2, 4, 8, 16)
 WASTED = 1.2
 """Groups of a program, one for each warp, and how many times as many as there are they may be."""
-PROGRAMS = 150, 400, 1200
-"""How many programs a split reduction is to give: each writes all of its sums."""
+PROGRAMS = 1, 150, 400, 1200
+"""How many programs a split reduction is to give, at least: each writes all of its sums."""
 PRODUCTS = 1024
 """Products of the unrolled code of a warp."""
 
@@ -192,10 +194,11 @@ def _products(nest: Nest, roles: Roles, form: Form, thorough: bool) -> Iterator[
             three = rows, share, depth
             for split in splits(nest, three, (*tile, *apart), PROGRAMS) if not roles.along else [()]:
                 made = Product(*three, *form, tile, split, 1, 1, 0, staged=True, apart=apart)
-                buffers = (1, 2) if not roles.along and made.loops(nest) else (1,)
-                numbers = [count for _, count in apart] or sharing
-                for warps, stages in itertools.product(numbers, buffers):
-                    yield replace(made, warps=warps, stages=stages)
+                looped = not roles.along and made.loops(nest)
+                buffers = (1, 2) if looped else (1,)
+                numbers = [(count, 1) for _, count in apart] or _teams(sharing, looped, thorough)
+                for (warps, teams), stages in itertools.product(numbers, buffers):
+                    yield replace(made, warps=warps, stages=stages, teams=teams)
 
 
 def _workers(nest: Nest, form: Form) -> list[tuple[Tile, Tile]]:
@@ -211,6 +214,15 @@ def _sharing(tiles: int, thorough: bool) -> list[int]:
     found = {-(-tiles // rounds) for rounds in range(1, tiles + 1)}
     most = range(MOST_WARPS, 0, -1) if thorough else FEW_WARPS
     return list(dict.fromkeys(max(n for n in found if n <= limit) for limit in most))
+
+
+def _teams(sharing: Sequence[int], looped: bool, thorough: bool) -> list[tuple[int, int]]:
+    """Warps and teams of them: one of so many warps, or several, each of which has steps of the loop."""
+    found = [(warps, 1) for warps in sharing]
+    for warps in sharing if looped else ():
+        more = [teams for teams in TEAMS if warps * teams <= MOST_WARPS]
+        found += [(warps * teams, teams) for teams in (more if thorough else more[-1:])]
+    return found
 
 
 def _by_step(nest: Nest, access: Access, axes: Sequence[str]) -> tuple[str, ...]:
@@ -324,4 +336,5 @@ def _described(nest: Nest, form: Form) -> list[tuple[tuple[object, ...], Product
 def _choices(nest: Nest, product: Product) -> tuple[object, ...]:
     split = {*of_reductions(nest, product.split)}
     sides = product.rows, product.cols, product.depth
-    return sides, product.tile, split, product.apart or product.warps, product.stages
+    workers = product.apart or (product.warps, product.teams)
+    return sides, product.tile, split, workers, product.stages

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.errors import ArgumentError, ScheduleError
 from g3dswap.problem import ACTIVATIONS, Geometry, Problem
+from g3dswap.tc import sums_cuda
 from g3dswap.tc.kernel import Kernel, build, show
 from g3dswap.tc.nest import Nest
 from g3dswap.tc.print_cpp import print_cpp
@@ -21,6 +22,7 @@ from g3dswap.tc.print_triton import print_triton
 from g3dswap.tc.product import Product
 from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space_staged import families
+from g3dswap.tc.sums_cuda import SHARED
 from tests.emulated import emulated
 from tests.geometries import TOLERANCE, Case, error, expected, operands
 from tests.tc.spaces import every
@@ -133,7 +135,45 @@ def test_the_next_part_is_on_its_way_while_one_is_multiplied() -> None:
     problem = problem_of("grad_weight", GEOMETRIES["depthwise 5x5x5"])
     kernel = checked(Case(problem, 3, 1), [p for p in products(nest_of(problem)) if p.stages == 2], most=40)
     assert kernel is not None
-    assert "fetch(step + 1)" in kernel.source and "step % 2" in kernel.source
+    assert "fetch(round + 1)" in kernel.source and "round % 2" in kernel.source
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("name", ["sixteen channels a group", "strided", "32 channels a group"])
+def test_teams_of_warps_have_parts_of_their_own(name: str, layout: str) -> None:
+    problem = problem_of("grad_weight", GEOMETRIES[name], layout)
+    for stages in (1, 2):
+        found = [p for p in products(nest_of(problem)) if p.teams > 1 and p.stages == stages and not p.split]
+        kernel = checked(Case(problem, 5, 3), found, most=40)  # not all teams have a part in the last round
+        assert kernel is not None and "if (step < steps)" in kernel.source
+
+
+def test_unequal_teams_are_refused() -> None:
+    nest = nest_of(problem_of("grad_weight", GEOMETRIES["sixteen channels a group"]))
+    product = replace(next(p for p in products(nest) if p.teams > 1), warps=4, teams=3)
+    with pytest.raises(ScheduleError, match="3 teams of 4 warps"):
+        emulated(nest, product.schedule(nest))
+
+
+@pytest.mark.parametrize("name", ["depthwise 5x5x5", "four channels a group"])
+@pytest.mark.parametrize("room", [SHARED, 8 * 1024])
+def test_replicas_and_the_sums_of_all_warps_are_added_up(
+    name: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sums_cuda, "SHARED", room)  # where there is little, warps take turns
+    problem = problem_of("grad_weight", GEOMETRIES[name])
+    found = [p for p in products(nest_of(problem)) if p.skew and p.warps > 2 and not p.split]
+    kernel = checked(Case(problem, 2, 1), found, most=40)
+    assert kernel is not None and kernel.nest.replicas and kernel.partial_counts is None
+
+
+def test_replicas_in_several_programs_are_refused() -> None:
+    nest = nest_of(problem_of("grad_weight", GEOMETRIES["depthwise 5x5x5"]))
+    product = next(p for p in products(nest) if p.cols == (("wi",), 16))
+    schedule = product.schedule(nest)
+    digits = tuple(replace(d, count=8) if d.bind == "cols" else d for d in schedule.digits)
+    with pytest.raises(ScheduleError, match="wi is split over programs"):
+        emulated(nest, replace(schedule, digits=digits))
 
 
 def test_partial_results_of_a_split_sum() -> None:

@@ -117,7 +117,7 @@ def measured(layer: dict[str, Any]) -> list[tuple[float, float]]:
     for text, microseconds in layer["kernels"]:
         schedule = Schedule.from_json(text)
         warps, buffers = schedule.hint("warps", 4), schedule.hint("stages", 1)
-        seconds = model_staged.cost(apply(nest, schedule), warps, buffers, layer["batch"])
+        seconds = model_staged.cost(apply(nest, schedule), warps, buffers, batch=layer["batch"])
         found.append((seconds, microseconds))
     return found
 

@@ -1,0 +1,192 @@
+"""How a program whose warps share the depth of a product adds up their sums, and writes the results.
+
+Sums go to shared memory as they lie in the product, those of as many warps at a time as there is room for.
+Then each thread has results, neighbouring threads neighbouring ones, and adds up what belongs to each in a
+fixed order: the same sum of every warp, and the replicas of a skewed axis, whose results are diagonals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..errors import ScheduleError
+from .program_cuda import COLS, MOST_SHARED, ROWS, Program
+
+REGISTERS, MOST_REGISTERS, BESIDE = 64 * 1024, 255, 64
+"""Registers of a multiprocessor, of a thread at most, and of a thread beside its sums, about."""
+SHARED, RESERVED = 228 * 1024, 1024
+"""Bytes of shared memory of a multiprocessor, and what each program takes beside its own."""
+SIDES = "rows", "cols"
+
+
+@dataclass(frozen=True)
+class _Digit:
+    """A loop over results, or over what is added up for one; near: how far apart its steps lie in memory.
+
+    rows, cols: how far each step is from the last in the product.
+    """
+
+    name: str
+    count: int
+    near: int = 0
+    rows: int = 0
+    cols: int = 0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """An axis that a side of the product runs along: how many steps, and how far apart they are there."""
+
+    count: int
+    rows: int = 0
+    cols: int = 0
+
+
+class DepthSums:
+    """sums: products of each warp, of so many rows and columns of fragments."""
+
+    def __init__(self, program: Program, sums: int, rows: int, cols: int) -> None:
+        self.program, self.nest = program, program.nest
+        self.sums, self.rows, self.cols = sums, rows, cols
+        # A warp writes eight rows at once, without conflicts where these are 8 or 24 banks apart.
+        self.pitch = cols * COLS + (COLS if cols % 2 == 0 else 0)
+        self.size = sums * rows * ROWS * self.pitch
+        registers = min(MOST_REGISTERS, BESIDE + sums * rows * cols * 4)
+        programs = max(1, REGISTERS // (registers * program.threads))
+        room = max(program.shared, min(MOST_SHARED, SHARED // programs - RESERVED)) // (self.size * 4)
+        self.slots = program.warps if program.apart else max(1, min(program.warps, room))
+        program.shared = max(program.shared, self.slots * self.size * 4)
+
+    def add_up(self) -> None:
+        """Bring the sums of all warps to shared memory; those without room there are added to others."""
+        emit, block = self.program.emit, self.program.block
+        each, turns = self.rows * self.cols, -(-self.program.warps // self.slots)
+        emit("float* const all = reinterpret_cast<float*>(memory);", "#pragma unroll 1")
+        with block(f"for (int turn = 0; turn < {turns}; ++turn)"):
+            with block(f"if (warp / {self.slots} == turn)"):
+                emit(f"float* const to = all + warp % {self.slots} * {self.size};", "#pragma unroll")
+                with block(f"for (int i = 0; i < {self.sums * each * 2}; ++i)"):
+                    emit(f"const int number = i / {each * 2}, row = i / {self.cols * 2} % {self.rows};")
+                    emit(f"const int col = i / 2 % {self.cols}, half = i % 2;")
+                    emit(f"const int rows = (number * {self.rows} + row) * {ROWS} + half * 8 + lane / 4;")
+                    emit("const float* const own = sum[number][row][col] + half * 2;")
+                    emit(f"float* const at = to + rows * {self.pitch} + col * {COLS} + lane % 4 * 2;")
+                    if turns == 1:
+                        emit("narrow2(at, own[0], own[1]);")
+                    else:
+                        emit("narrow2(at, turn ? at[0] + own[0] : own[0], turn ? at[1] + own[1] : own[1]);")
+            emit("__syncthreads();")
+
+    def store(self) -> None:
+        """Write the results."""
+        program = self.program
+        spot = program.spotter.spot(self.nest.output, {})
+        assert spot is not None
+        loops = [*program.parallel, *(int(own[1:]) for own in program.apart)]
+        results = [self._loop(i, spot.address.coefficient(f"v{i}")) for i in loops]
+        places, added, begin = self._places()
+        results = sorted([*results, *places], key=lambda digit: digit.near)
+        total = math.prod(digit.count for digit in results)
+        with program.block(f"for (int e = thread; e < {total}; e += {program.threads})"):
+            self._decode(results)
+            moves = {side: [(d, getattr(d, side)) for d in results if getattr(d, side)] for side in SIDES}
+            for side, own in moves.items():
+                found = "".join(f" + {digit.name} * {step}" for digit, step in own)
+                program.emit(f"const int {side} = {begin[side]}{found};")
+            self._find(added)
+            there = program.where(spot, None, program.shift())
+            program.emit_if(program.test(spot), f"narrow({there}, {program.finished('found', {})});")
+
+    def _loop(self, i: int, near: int) -> _Digit:
+        """A loop of the nest whose steps have sums of their own."""
+        loop = self.nest.loops[i]
+        return _Digit(self.program.names[f"v{i}"], loop.count or 1, near)
+
+    def _decode(self, digits: Sequence[_Digit]) -> None:
+        """The digits of `e`, the first the least significant."""
+        rest = "e"
+        for digit in digits[:-1]:
+            name, count = digit.name, digit.count
+            self.program.emit(f"const int {name} = {rest} % {count}, {name}_rest = {rest} / {count};")
+            rest = f"{name}_rest"
+        self.program.emit(f"const int {digits[-1].name} = {rest};")
+
+    def _find(self, added: Sequence[_Digit]) -> None:
+        """Add up what belongs to one result."""
+        program, number = self.program, "0"
+        for i in program.parallel:
+            number = f"({number}) * {program.count(i)} + {program.names[f'v{i}']}"
+        own = "".join(f" + {program.names[name]} * {self.size}" for name in program.apart)
+        row = f"({number}) * {self.rows * ROWS} + rows"
+        program.emit(f"const float* const from = all + ({row}) * {self.pitch} + cols{own};")
+        program.emit("float found = 0.0f;")
+        heads, place = [], "0"
+        shared = [] if program.apart else [_Digit("slot", self.slots)]
+        for digit in (*added, *shared):
+            step = self.size if digit in shared else digit.rows * self.pitch + digit.cols
+            heads += [
+                "#pragma unroll",
+                f"for (int {digit.name} = 0; {digit.name} < {digit.count}; ++{digit.name})",
+            ]
+            place += f" + {digit.name} * {step}"
+        program.emit(*heads, f"  found += from[{place}];")
+
+    def _places(self) -> tuple[list[_Digit], list[_Digit], dict[str, int]]:
+        """Digits of the places of results in the product, of their replicas, and where the first result is.
+
+        Of a skewed axis, a tap's result is at the element `tap * divisor - step * replica - offset` of the
+        patch, for each replica: that is where the index of the result is the tap (`skew`).
+        """
+        nest, program = self.nest, self.program
+        parts = {name: part for side in SIDES for name, part in self._parts(side)}
+        begin = dict.fromkeys(SIDES, 0)
+        found, added = [], []
+        first = len(nest.replicas)
+        dims = zip(nest.output.indices[first:], program.result.shape[first:], program.result.strides[first:])
+        near = dict.fromkeys(parts, 0)
+        for index, extent, stride in dims:
+            for name, coefficient in index.terms:
+                near[name] = near.get(name, 0) + stride * coefficient
+            replica = next((name for name, _ in index.terms if name in nest.replicas), None)
+            if replica is None:
+                continue
+            (patch,) = (name for name, _ in index.terms if name != replica)
+            own, inner = (self._taken(parts, name) for name in (patch, replica))
+            sign, step = index.coefficient(patch), index.coefficient(replica)
+            scale, moved = sign * index.divisor, -sign * step
+            found.append(_Digit(f"{patch}_tap", extent or 1, stride, own.rows * scale, own.cols * scale))
+            rows, cols = inner.rows + own.rows * moved, inner.cols + own.cols * moved
+            added.append(_Digit(replica, inner.count, 0, rows, cols))
+            begin["rows"] -= sign * index.offset * own.rows
+            begin["cols"] -= sign * index.offset * own.cols
+        for tie in nest.output.ties:
+            if parts.keys() >= {*tie}:
+                a, b = (parts.pop(name) for name in tie)
+                step = near[tie[0]] + near[tie[1]]
+                found.append(_Digit(tie[0], a.count, step, a.rows + b.rows, a.cols + b.cols))
+        found += [_Digit(name, part.count, near[name], part.rows, part.cols) for name, part in parts.items()]
+        return found, added, begin
+
+    def _taken(self, parts: dict[str, _Part], name: str) -> _Part:
+        """Take an axis from the parts of the sides. ScheduleError: it is not on a side."""
+        if name not in parts and self.nest.extent(name) != 1:
+            raise ScheduleError(f"{name} is split over programs, but replicas are added up in one.")
+        return parts.pop(name, _Part(1))
+
+    def _parts(self, side: str) -> Iterator[tuple[str, _Part]]:
+        """The axes that a side runs along, each whole if they are several or one is skewed."""
+        nest, variable = self.nest, self.program.sides[side]
+        loop = nest.loops[int(variable[1:])]
+        fused = nest.fused_axis(loop.axis)
+        axes = zip(fused.parts, fused.extents) if fused else [(loop.axis, loop.count or 1)]
+        covered = math.prod(p.count or 1 for p in nest.loops if p.axis == loop.axis)
+        skewed = {
+            name for index in nest.output.indices for name in index.axes if index.axes & {*nest.replicas}
+        }
+        if (fused or loop.axis in skewed) and covered > nest.lengths[side]:
+            raise ScheduleError(f"{loop.axis} is split over programs, but replicas are added up in one.")
+        for name, extent in axes:
+            weight = fused.weight(name) if fused else 1
+            yield name, _Part(extent, **{side: weight})
