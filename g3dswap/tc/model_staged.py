@@ -27,7 +27,7 @@ LAUNCH, TOTAL = 4.5e-6, 8e-6
 """Seconds of a launch, and of the second stage of a split reduction."""
 BANDWIDTH = 2.5e12
 """Bytes of memory in a second."""
-L2 = 3.7e12
+L2 = 5.5e12
 """Bytes of the L2 cache in a second, which what neighbouring programs copy twice comes from."""
 PIECE = 3.8e-11
 """Seconds for a piece of a line that is written alone."""
