@@ -13,8 +13,6 @@ from .words import ITEM_BYTES
 DECODED, NESTED, MOST_NESTED = 15, 6, 32
 """Issue slots of a copy whose place is worked out, of one in an unrolled loop, and the most steps of that."""
 MOST_UNROLLED = 8
-MOST_SINGLE = 20
-"""Elements of a line, at most, that one thread copies."""
 
 
 @dataclass
@@ -63,44 +61,37 @@ def write_copy(text: CudaText, box: Box, to: str, threads: int, thread: str = "t
 def _write_loops(
     text: CudaText, tensor: str, runs: list[_Run], threads: int, thread: str, fixed: bool
 ) -> None:
-    inside = _inside(runs, threads)
-    decoded = [place for place in range(len(runs)) if place != inside]
-    total = math.prod(runs[place].steps for place in decoded)
-    unrolled = 1 if inside is not None else max(1, min(MOST_UNROLLED, total // threads))
-    text.emit(f"#pragma unroll {unrolled}")
+    inside = _goes_inside(runs, threads)
+    decoded = runs[:-1] if inside else runs
+    total = math.prod(run.steps for run in decoded)
+    text.emit(f"#pragma unroll {1 if inside else max(1, min(MOST_UNROLLED, total // threads))}")
     with text.block(f"for (int e = {thread}; e < {total}; e += {threads})"):
         rest = "e"
-        for place in decoded:
-            run = runs[place]
+        for place, run in enumerate(decoded):
             scale = f" * {run.width}" if run.width > 1 else ""
-            if place == decoded[-1]:
+            if place == len(decoded) - 1:
                 text.emit(f"const int x{place} = {rest}{scale};")
             else:
                 text.emit(
                     f"const int x{place} = {rest} % {run.steps}{scale}, e{place} = {rest} / {run.steps};"
                 )
                 rest = f"e{place}"
-        if inside is None:
+        if not inside:
             _write_one(text, tensor, runs, fixed)
             return
-        run, x = runs[inside], f"x{inside}"
+        place, run = len(decoded), runs[-1]
         text.emit("#pragma unroll")
-        with text.block(f"for (int {x} = 0; {x} < {run.count}; {x} += {run.width})"):
+        with text.block(f"for (int x{place} = 0; x{place} < {run.count}; x{place} += {run.width})"):
             _write_one(text, tensor, runs, fixed)
 
 
-def _inside(runs: list[_Run], threads: int) -> int | None:
-    """The loop that goes inside, if any: what its steps have in common is worked out once then.
-
-    A short line of single elements, of which the compiler then knows which the tensor has; or the outermost.
-    """
-    if len(runs) == 1:
-        return None
-    if runs[0].width == 1 and runs[0].steps <= MOST_SINGLE:
-        return 0
+def _goes_inside(runs: list[_Run], threads: int) -> bool:
+    """Whether the outermost loop goes inside: what its steps have in common is worked out once then."""
+    if len(runs) == 1 or runs[-1].steps > MOST_NESTED:
+        return False
     within, last = math.prod(run.steps for run in runs[:-1]), runs[-1].steps
     rounds, nested = -(-within * last // threads), -(-within // threads) * last
-    return len(runs) - 1 if last <= MOST_NESTED and nested * NESTED < rounds * DECODED else None
+    return nested * NESTED < rounds * DECODED
 
 
 def _write_one(text: CudaText, tensor: str, runs: list[_Run], fixed: bool) -> None:
