@@ -18,6 +18,8 @@ REGISTERS, MOST_REGISTERS, BESIDE = 64 * 1024, 255, 64
 """Registers of a multiprocessor, of a thread at most, and of a thread beside its sums, about."""
 SHARED, RESERVED = 228 * 1024, 1024
 """Bytes of shared memory of a multiprocessor, and what each program takes beside its own."""
+BANKS, APART = 32, 4
+"""Banks of shared memory, and how many of them neighbouring columns or sums are apart."""
 SIDES = "rows", "cols"
 
 
@@ -50,9 +52,10 @@ class DepthSums:
     def __init__(self, program: Program, sums: int, rows: int, cols: int) -> None:
         self.program, self.nest = program, program.nest
         self.sums, self.rows, self.cols = sums, rows, cols
-        # A warp writes eight rows at once, without conflicts where these are 8 or 24 banks apart.
-        self.pitch = cols * COLS + (COLS if cols % 2 == 0 else 0)
-        self.size = sums * rows * ROWS * self.pitch
+        # Columns lie behind each other: a warp writes eight rows of every other one, and reads rows or sums.
+        self.pitch = rows * ROWS + APART
+        self.each = cols * COLS * self.pitch // BANKS * BANKS + BANKS + APART
+        self.size = sums * self.each
         registers = min(MOST_REGISTERS, BESIDE + sums * rows * cols * 4)
         programs = max(1, REGISTERS // (registers * program.threads))
         room = max(program.shared, min(MOST_SHARED, SHARED // programs - RESERVED)) // (self.size * 4)
@@ -70,13 +73,13 @@ class DepthSums:
                 with block(f"for (int i = 0; i < {self.sums * each * 2}; ++i)"):
                     emit(f"const int number = i / {each * 2}, row = i / {self.cols * 2} % {self.rows};")
                     emit(f"const int col = i / 2 % {self.cols}, half = i % 2;")
-                    emit(f"const int rows = (number * {self.rows} + row) * {ROWS} + half * 8 + lane / 4;")
                     emit("const float* const own = sum[number][row][col] + half * 2;")
-                    emit(f"float* const at = to + rows * {self.pitch} + col * {COLS} + lane % 4 * 2;")
-                    if turns == 1:
-                        emit("narrow2(at, own[0], own[1]);")
-                    else:
-                        emit("narrow2(at, turn ? at[0] + own[0] : own[0], turn ? at[1] + own[1] : own[1]);")
+                    emit(f"const int rows = row * {ROWS} + half * 8 + lane / 4;")
+                    emit(f"const int cols = col * {COLS} + lane % 4 * 2;")
+                    emit(f"float* const at = to + number * {self.each} + cols * {self.pitch} + rows;")
+                    for place, value in (("0", "own[0]"), (self.pitch, "own[1]")):
+                        added = f"turn ? at[{place}] + {value} : {value}" if turns > 1 else value
+                        emit(f"at[{place}] = {added};")
             emit("__syncthreads();")
 
     def store(self) -> None:
@@ -119,13 +122,13 @@ class DepthSums:
         for i in program.parallel:
             number = f"({number}) * {program.count(i)} + {program.names[f'v{i}']}"
         own = "".join(f" + {program.names[name]} * {self.size}" for name in program.apart)
-        row = f"({number}) * {self.rows * ROWS} + rows"
-        program.emit(f"const float* const from = all + ({row}) * {self.pitch} + cols{own};")
+        place = f"({number}) * {self.each} + cols * {self.pitch} + rows"
+        program.emit(f"const float* const from = all + {place}{own};")
         program.emit("float found = 0.0f;")
         heads, place = [], "0"
         shared = [] if program.apart else [_Digit("slot", self.slots)]
         for digit in (*added, *shared):
-            step = self.size if digit in shared else digit.rows * self.pitch + digit.cols
+            step = self.size if digit in shared else digit.cols * self.pitch + digit.rows
             heads += [
                 "#pragma unroll",
                 f"for (int {digit.name} = 0; {digit.name} < {digit.count}; ++{digit.name})",
