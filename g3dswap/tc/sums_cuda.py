@@ -52,15 +52,25 @@ class DepthSums:
     def __init__(self, program: Program, sums: int, rows: int, cols: int) -> None:
         self.program, self.nest = program, program.nest
         self.sums, self.rows, self.cols = sums, rows, cols
-        # Columns lie behind each other: a warp writes eight rows of every other one, and reads rows or sums.
-        self.pitch = rows * ROWS + APART
-        self.each = cols * COLS * self.pitch // BANKS * BANKS + BANKS + APART
-        self.size = sums * self.each
         registers = min(MOST_REGISTERS, BESIDE + sums * rows * cols * 4)
         programs = max(1, REGISTERS // (registers * program.threads))
-        room = max(program.shared, min(MOST_SHARED, SHARED // programs - RESERVED)) // (self.size * 4)
-        self.slots = program.warps if program.apart else max(1, min(program.warps, room))
+        room = max(program.shared, min(MOST_SHARED, SHARED // programs - RESERVED))
+        self._lie_apart(APART)
+        if program.apart and program.warps * self.size * 4 > MOST_SHARED:
+            self._lie_apart(0)
+        slots = program.warps if program.apart else min(program.warps, room // (self.size * 4))
+        self.slots = max(1, slots)
         program.shared = max(program.shared, self.slots * self.size * 4)
+
+    def _lie_apart(self, banks: int) -> None:
+        """Lay out the sums: columns lie behind each other, and they and whole sums so many banks apart.
+
+        A warp writes eight rows of every other column, and reads rows or sums that follow each other.
+        """
+        self.pitch = self.rows * ROWS + banks
+        self.each = self.cols * COLS * self.pitch
+        self.each += (banks - self.each) % BANKS
+        self.size = self.sums * self.each
 
     def add_up(self) -> None:
         """Bring the sums of all warps to shared memory; those without room there are added to others."""
