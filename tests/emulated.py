@@ -78,6 +78,7 @@ static float widen(u16 x) { _Float16 y; memcpy(&y, &x, 2); return (float)y; }
 static u16 rounded(float x) { _Float16 y = (_Float16)x; u16 z; memcpy(&z, &y, 2); return z; }
 #else
 static float widen(u16 x) { return bits((u32)x << 16); }
+static float widen(float x) { return x; }
 static u16 rounded(float x) {
   u32 y;
   memcpy(&y, &x, 4);
@@ -139,7 +140,7 @@ template <int GROUPS> static void arrived() {
   }
   __syncthreads();
 }
-static u32 word(u32 at) {
+static u32 loaded(u32 at) {
   inside(memory + at, 4);
   aligned(memory + at, 4);
   u32 found;
@@ -163,7 +164,16 @@ template <int COUNT> static void exchange(u32 (&to)[COUNT], u32 at, bool turned)
     }
   wait_at(AT_WARP);
 }
-static void matrices(u32 (&to)[4], u32 at) { exchange(to, at, false); }
+#if @SINGLE@
+static u32 rounded(u32 x) { return (x & 0x7fffffffu) > 0x7f800000u ? x : (x + 0x1000u) & ~0x1fffu; }
+#else
+static u32 rounded(u32 x) { return x; }
+#endif
+static u32 word(u32 at) { return rounded(loaded(at)); }
+static void matrices(u32 (&to)[4], u32 at) {
+  exchange(to, at, false);
+  for (u32& x : to) x = rounded(x);
+}
 template <int COUNT> static void transposed(u32 (&to)[COUNT], u32 at) { exchange(to, at, true); }
 static void transposed(u32 (&first)[2], u32 (&second)[2], u32 at) {
   u32 both[4];
@@ -176,14 +186,23 @@ static void multiply(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   memcpy(mail, a, 16);
   memcpy(mail + 4, b, 8);
   wait_at(AT_WARP);
-  auto half = [](u32 pair, int k) { return widen((u16)(k % 2 ? pair >> 16 : pair)); };
+#if @SINGLE@
+  enum { CHUNK = 4, PAIR = 1 };
+  auto element = [](u32 word, int) {
+    if (word & 0x1fffu && (word & 0x7fffffffu) < 0x7f800000u) { fprintf(stderr, "not rounded\n"); abort(); }
+    return bits(word);
+  };
+#else
+  enum { CHUNK = 8, PAIR = 2 };
+  auto element = [](u32 word, int k) { return widen((u16)(k % 2 ? word >> 16 : word)); };
+#endif
   int own = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < 2 * CHUNK; ++k) {
       int row = own / 4 + i / 2 * 8, column = own % 4 * 2 + i % 2;
-      u32 left = lane(row % 8 * 4 + k % 8 / 2).mail[row / 8 + k / 8 * 2];
-      u32 right = lane(column * 4 + k % 8 / 2).mail[4 + k / 8];
-      sum[i] += half(left, k) * half(right, k);
+      u32 left = lane(row % 8 * 4 + k % CHUNK / PAIR).mail[row / 8 + k / CHUNK * 2];
+      u32 right = lane(column * 4 + k % CHUNK / PAIR).mail[4 + k / CHUNK];
+      sum[i] += element(left, k) * element(right, k);
     }
   wait_at(AT_WARP);
 }
@@ -271,6 +290,7 @@ def _emulated(nest: Nest, source: str) -> str:
     dtype = nest.tensors[0].dtype
     prelude = PRELUDE.replace("@SHARED@", str(shared_bytes(source)))
     prelude = prelude.replace("@HALF@", str(int(dtype == "float16")))
+    prelude = prelude.replace("@SINGLE@", str(int(dtype == "float32")))
     assert prelude_cuda(dtype) in source and MEMORY in source
     source = source.replace(prelude_cuda(dtype), prelude).replace(MEMORY, "")
     parameters = re.search(r"\nkernel\((.*)\) \{", source)

@@ -22,12 +22,8 @@ from .roles import batches
 
 WIDEST = 16
 """Bytes that one copy of a thread brings, at most."""
-WIDTHS = (2, 4, 8)
-"""Elements, of a half type, of copies wider than one."""
 BESIDE = 0.75
 """What an element of a line takes, in room and in time, beside the copies of it (measured on an H100)."""
-EIGHT = 8
-"""Elements of a row that a thread's part of `ldmatrix` has; it begins at a multiple of them."""
 PADS = 8
 """Pads of a pitch that are compared, in steps of what rows begin at multiples of."""
 
@@ -50,7 +46,7 @@ class Dim:
 class Box:
     """dims: as the tensor has them.  order: those longer than one, outermost in the box first.
     along: those that fragments have consecutive elements of.
-    width: elements of one copy, along the innermost, of which a box has whole ones.
+    width: elements of one copy, along the innermost, of which a box has whole ones; at most `widest`.
     turned: where that is not the tensor's innermost, elements of one load along the tensor's."""
 
     tensor: str
@@ -58,6 +54,7 @@ class Box:
     order: tuple[int, ...]
     along: frozenset[int]
     width: int
+    widest: int
     turned: int = 1
 
     @property
@@ -121,14 +118,14 @@ def box_of(
     if not order or not fragment:
         raise ScheduleError(f"{access} has no side that lies in consecutive elements.")
     nearest = order[-1]
-    width, turned = _width(dims, nearest), 1
-    if nearest not in fragment:  # it is turned around on its way to the box, in pairs
+    width, turned = _width(dims, nearest, text.chunk), 1
+    if nearest not in fragment:  # it is turned around on its way to the box, in registers
         order.sort(key=lambda d: d in fragment)
-        width, turned = 2, width
+        width, turned = text.pair, width if text.pair > 1 else 1
     else:  # groups lie behind each other, so that what is next to a channel is one of the next position
         batch = {*batches(text.nest)}
         order.sort(key=lambda d: not access.indices[d].axes <= batch)
-    box = Box(access.tensor, tuple(dims), tuple(order), frozenset(fragment), width, turned)
+    box = Box(access.tensor, tuple(dims), tuple(order), frozenset(fragment), width, text.chunk, turned)
     return pitched(box, [0] * (len(order) - 1), width)
 
 
@@ -140,12 +137,13 @@ def aligned(box: Box) -> list[Box]:
     nearest = box.nearest
     dim = box.dims[nearest]
     found = [(_copying(box), 0, box)]
-    for width in WIDTHS:
+    single = box.is_turned and box.width == 1  # elements that fill a register are turned around one by one
+    for width in (1 << n for n in range(1, 1 if single else box.widest.bit_length())):
         before = dim.base.const % width
         span = -(-(dim.span + before) // width) * width
         dims = [*box.dims]
         dims[nearest] = replace(dim, base=dim.base + -before, span=span)
-        if _width(dims, nearest) < width:
+        if _width(dims, nearest, box.widest) < width:
             break
         made = replace(box, dims=tuple(dims))
         made = replace(made, turned=width) if box.is_turned else replace(made, width=width)
@@ -160,14 +158,14 @@ def _copying(box: Box) -> float:
     return span / (box.turned if box.is_turned else box.width) + BESIDE * span
 
 
-def _width(dims: Sequence[Dim], innermost: int) -> int:
+def _width(dims: Sequence[Dim], innermost: int, most: int) -> int:
     """Elements of one copy: so many lie together in the tensor and in the box, and are in or out together."""
     dim = dims[innermost]
     if dim.stride != 1:
         return 1
     steps = [dim.extent or 0, dim.base.const, *(c for _, c in dim.base.terms)]
     steps += [other.stride for other in dims if other is not dim and other.extent != 1]
-    width = WIDTHS[-1]
+    width = most
     while width > 1 and any(step % width for step in steps):
         width //= 2
     return width

@@ -51,8 +51,8 @@ def write_copy(text: CudaText, box: Box, to: str, threads: int, thread: str = "t
         if d not in box.order and not _is_inside(text, dim)
     ]
     with text.block():
-        text.emit(f"u16* to = reinterpret_cast<u16*>({to});")
-        text.emit(f"const u16* from = {tensor.name} + ({text.form(base, kind='(i64)')});")
+        text.emit(f"{text.kind}* to = reinterpret_cast<{text.kind}*>({to});")
+        text.emit(f"const {text.kind}* from = {tensor.name} + ({text.form(base, kind='(i64)')});")
         if fixed:
             text.emit(f"const bool here = {' && '.join(fixed)};")
         _write_loops(text, tensor.name, runs, threads, thread, bool(fixed))
@@ -100,7 +100,7 @@ def _write_one(text: CudaText, tensor: str, runs: list[_Run], fixed: bool) -> No
     first, pair = runs[0], next((place for place, run in enumerate(runs) if place and run.width > 1), None)
     text.emit(f"const bool some = {_tests(text, runs, fixed) or 'true'};")
     if pair is None:
-        text.emit(f"copy<{first.width * 2}>(to + ({to}), some ? from + ({offset}) : {tensor}, some);")
+        text.emit(f"copy<{first.width * text.item}>(to + ({to}), some ? from + ({offset}) : {tensor}, some);")
         return
     text.emit(f"const bool more = {_tests(text, runs, fixed, pair) or 'true'};")
     text.emit(f"const u16* const at = from + ({offset});")
@@ -141,7 +141,9 @@ def _runs(text: CudaText, box: Box, base: Linear) -> list[_Run]:
         if first.tested is None and widest > first.width:
             first.width = widest
         return runs
-    for run in runs[1:]:  # what lies side by side in the box is far apart in the tensor
+    for run in (
+        runs[1:] if text.pair == 2 else ()
+    ):  # what lies side by side in the box is far apart in the tensor
         even = not any(other.pitch % 2 for other in runs if other is not run)
         if run.pitch == 1 and even and (run.count % 2 == 0 or box.width % 2 == 0):
             run.width = 2

@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from .linear import Linear
 from .nest import SIDE_BINDS, Nest
 from .place_nd import Spot, Spotter
+from .words import ITEM_BYTES
 
 INDENT = "  "
+REGISTER, ROW = 4, 16
+"""Bytes of a register, and of a row that `ldmatrix` loads, of which a product's depth has two."""
 Names = Mapping[str, str]
 """Of variables, where they do not go by their own."""
 
@@ -23,6 +26,10 @@ class CudaText:
     def __init__(self, nest: Nest) -> None:
         self.nest = nest
         self.spotter = Spotter(nest)
+        # Of a factor's elements: bytes and type, and how many make a register, a row, the depth of a product.
+        self.item = ITEM_BYTES[nest.tensors[0].dtype]
+        self.kind = "u16" if self.item == 2 else "float"
+        self.pair, self.chunk, self.deep = (size // self.item for size in (REGISTER, ROW, 2 * ROW))
         self.lines: list[str] = []
         self._indent = 1
         self.names = {

@@ -18,7 +18,7 @@ from .copies_cuda import write_copy
 from .fragments_cuda import DepthFragments
 from .nest import Access, Nest
 from .place import Env
-from .program_cuda import COLS, DEEP, ROWS, Program
+from .program_cuda import COLS, ROWS, Program
 from .sums_cuda import DepthSums
 from .words import WARP
 
@@ -46,7 +46,7 @@ class DepthProgram(Program):
         self.emit(f"if (thread < 4) reinterpret_cast<u32*>(memory + {self.nothing})[thread] = 0;")
         factors = self.fragments(self.image, "rows", points), self.fragments(self.other, "cols", points)
         before = self.shared
-        starts = [self.take(factor.box.size * 2) - before for factor in factors]
+        starts = [self.take(factor.box.size * self.item) - before for factor in factors]
         size = self.shared - before
         self.take(size * (self.buffers * self.teams - 1))
         buffer = f"{before}" + (f" + round % {self.buffers} * {size}" if self.buffers > 1 else "")
@@ -122,35 +122,73 @@ class DepthProgram(Program):
         for point in points:
             uses.setdefault(image.at(point), []).append((numbers[self.key(point)], others[other.at(point)]))
         self.emit("#pragma unroll 1")
-        with self.block(self.shares("piece", -(-deep // DEEP))):
-            # `ldmatrix` takes the lines of a left operand and those of a right one in different orders.
-            place = f"piece * {DEEP} + lane % 8 + lane / 16 * 8"
-            self.emit(f"const int left = {f'min({place}, {deep - 1})' if deep % DEEP else place};")
-            self.emit(f"const int right = piece * {DEEP} + lane % 16;")
-            if deep % DEEP:  # what is beyond the end is multiplied by zero
-                self.emit(f"const bool some = right < {deep};")
-            for row in range(self.rows):
-                low, high = image.chunks[2 * row : 2 * row + 2]
-                begins = f"buffer + {starts[0]} + {image.begins('left')}"
-                self.emit(f"const u32 from{row} = {begins} + (lane & 8 ? {high} : {low});")
-            self.emit(f"const u32 with = buffer + {starts[1]} + {other.begins('right')};")
+        with self.block(self.shares("piece", -(-deep // self.deep))):
+            begins = self.begin_halves if self.pair > 1 else self.begin_words
+            begins(image, other, starts, deep)
             self.emit(f"u32 a[4], b[{len(others)}][{self.cols}][2];")
             for at, number in others.items():
                 self.load_other(other, at, number)
             for at in sorted(uses):
                 for row in range(self.rows):
-                    self.emit(f"transposed(a, from{row} + {at});")
+                    if self.pair > 1:
+                        self.emit(f"transposed(a, from{row} + {at});")
+                    else:
+                        low, high = (chunk + at for chunk in image.chunks[2 * row : 2 * row + 2])
+                        places = (
+                            f"{line} + {chunk}" for line in ("first", "second") for chunk in (low, high)
+                        )
+                        self.emit(*(f"a[{i}] = word({place});" for i, place in enumerate(places)))
                     for number, fragment in uses[at]:
                         for col in range(self.cols):
                             self.emit(f"multiply(sum[{number}][{row}][{col}], a, b[{fragment}][{col}]);")
 
+    def begin_halves(
+        self, image: DepthFragments, other: DepthFragments, starts: Sequence[int], deep: int
+    ) -> None:
+        """Say where the lines of a piece begin for `ldmatrix`, which turns halves around.
+
+        It takes the lines of a left operand and those of a right one in different orders.
+        """
+        place = f"piece * {self.deep} + lane % 8 + lane / 16 * 8"
+        self.emit(f"const int left = {f'min({place}, {deep - 1})' if deep % self.deep else place};")
+        self.emit(f"const int right = piece * {self.deep} + lane % 16;")
+        if deep % self.deep:  # what is beyond the end is multiplied by zero
+            self.emit(f"const bool some = right < {deep};")
+        for row in range(self.rows):
+            low, high = image.chunks[2 * row : 2 * row + 2]
+            begins = f"buffer + {starts[0]} + {image.begins('left')}"
+            self.emit(f"const u32 from{row} = {begins} + (lane & 8 ? {high} : {low});")
+        self.emit(f"const u32 with = buffer + {starts[1]} + {other.begins('right')};")
+
+    def begin_words(
+        self, image: DepthFragments, other: DepthFragments, starts: Sequence[int], deep: int
+    ) -> None:
+        """Say where a lane's elements lie on the two lines of a piece that it reads."""
+        for half, line in enumerate(("first", "second")):
+            place = f"piece * {self.deep} + lane % 4 + {half * self.chunk}"
+            at = f"{line}_line"
+            self.emit(f"const int {at} = {f'min({place}, {deep - 1})' if deep % self.deep else place};")
+            if deep % self.deep:  # what is beyond the end is multiplied by zero
+                self.emit(f"const bool some_{line} = {place} < {deep};")
+            for name, factor, start in ((line, image, starts[0]), (f"with_{line}", other, starts[1])):
+                begin = f"buffer + {start} + {factor.begins(at)} + lane / 4 * {self.item}"
+                self.emit(f"const u32 {name} = {begin};")
+
     def load_other(self, other: DepthFragments, at: int, number: int) -> None:
-        """Load the columns of a right operand, two fragments at a time where there are two."""
+        """Load the columns of a right operand; of halves two fragments at a time where there are two."""
+        cut = self.nest.lengths["depth"] % self.deep
+        if self.pair == 1:
+            for col, half in itertools.product(range(self.cols), range(2)):
+                line = ("first", "second")[half]
+                found = f"word(with_{line} + {other.chunks[col] + at})"
+                found = f"some_{line} ? {found} : 0" if cut else found
+                self.emit(f"b[{number}][{col}][{half}] = {found};")
+            return
         for col in range(0, self.cols, 2):
             chunks = [chunk + at for chunk in other.chunks[col : col + 2]]
             offset = str(chunks[0]) if len(chunks) == 1 else f"(lane / 16 ? {chunks[1]} : {chunks[0]})"
             begin = f"with + {offset}"
-            if self.nest.lengths["depth"] % DEEP:
+            if cut:
                 begin = f"some ? {begin} : address(memory) + {self.nothing}"
             if len(chunks) == 1:
                 self.emit(f"transposed(b[{number}][{col}], {begin});")

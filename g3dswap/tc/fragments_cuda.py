@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import ScheduleError
-from .box import EIGHT, Box, aligned, without_conflicts
+from .box import Box, aligned, without_conflicts
 from .cuda_text import Names
 from .linear import Linear
 from .nest import Access
 from .place import Env
-from .program_cuda import COLS, DEEP, ROWS, Program
+from .program_cuda import COLS, ROWS, Program
 from .words import WARP
 
 KEPT = 112
@@ -22,29 +22,38 @@ SAMPLE = 64
 """Lines of a side by which the conflicts of a box are counted."""
 
 
+EIGHT = 8
+"""Lines of a fragment that a warp reads at once, four words of each; or elements that it turns around."""
+
+
 def _again(lines: Sequence[int], words: Sequence[int]) -> int:
-    """How often a bank is asked again where of eight lines at a time these words of four bytes are read."""
-    found = 0
-    for first in range(0, len(lines) - EIGHT + 1, EIGHT):
+    """How often a bank is asked again where a warp reads these words, each of four bytes, of some lines."""
+    found, together = 0, WARP // len(words)
+    for first in range(0, len(lines) - together + 1, together):
         banks = [0] * BANKS
-        for word in {line + w for line in lines[first : first + EIGHT] for w in words}:
+        for word in {line + w for line in lines[first : first + together] for w in words}:
             banks[word % BANKS] += 1
         found += max(banks) - 1
     return found
 
 
-def _conflicts(program: Program, values: Sequence[Linear], side: str, unit: int) -> Callable[[Box], int]:
-    """How often a bank is asked again by loads of the first lines along a side, of a box of these indices."""
+def _conflicts(
+    program: Program, values: Sequence[Linear], side: str, together: int = 0
+) -> Callable[[Box], int]:
+    """How often a bank is asked again by loads of the first lines along a side, of a box of these indices.
+
+    together: words of a line that lie together and are read at once; 0: those of a fragment's depth.
+    """
     lines = program.moves(values, side, range(min(SAMPLE, program.nest.lengths[side])))
-    elements = program.moves(values, "depth", range(0, EIGHT, 2))
+    elements = program.moves(values, "depth", range(0, program.chunk, program.pair))
 
     def found(box: Box) -> int:
         pitches = [dim.pitch for dim in box.dims]
 
         def words(moves: Iterable[Sequence[int]]) -> list[int]:
-            return [sum(x * pitch for x, pitch in zip(step, pitches)) // 2 for step in moves]
+            return [sum(x * pitch for x, pitch in zip(step, pitches)) // program.pair for step in moves]
 
-        return _again(words(lines), range(4) if unit == EIGHT else words(elements))
+        return _again(words(lines), range(together) if together else words(elements))
 
     return found
 
@@ -76,14 +85,15 @@ def _address_of(
 class RowFragments:
     """Fragments of an image whose positions are the rows.
 
-    They come by `ldmatrix` where eight elements of a row lie together at a multiple of eight, else in pairs.
+    They come by `ldmatrix` where 16 bytes of a row lie together at a multiple of 16, else as single words.
     """
 
     def __init__(self, program: Program, box: Box, points: Sequence[Env]) -> None:
         self.program = program
         values = program.spotter.indices(program.image, points[0]) or []
-        for unit, whole in itertools.product((EIGHT, 2), aligned(box)):
-            made = without_conflicts(whole, max(unit, whole.width), _conflicts(program, values, "rows", unit))
+        for unit, whole in itertools.product((program.chunk, program.pair), aligned(box)):
+            conflicts = _conflicts(program, values, "rows", 4 if unit == program.chunk else 0)
+            made = without_conflicts(whole, max(unit, whole.width), conflicts)
             address = _address_of(program, made, program.image, points, ("rows", "depth"), unit)
             if address is not None:
                 self.box, self.unit = made, unit
@@ -102,26 +112,27 @@ class RowFragments:
             return f"min({number}, {length - 1})" if length % ROWS else number
 
         def begins(name: str) -> str:
-            return f"address(memory) + {start} + ({program.form(self.row, {rows: name})}) * 2"
+            return f"address(memory) + {start} + ({program.form(self.row, {rows: name})}) * {program.item}"
 
-        if self.unit == EIGHT:
+        at = [place * program.item for place in self.at]
+        if self.unit == program.chunk:
             program.emit(f"const int row = {row('lane % 16')};", f"const u32 at = {begins('row')};")
-            for step in range(0, len(self.at), DEEP):
-                low, high = self.at[step] * 2, self.at[step + EIGHT] * 2
-                program.emit(f"const u32 at{step // DEEP} = at + (lane / 16 ? {high} : {low});")
+            for step in range(0, len(at), program.deep):
+                low, high = at[step], at[step + program.chunk]
+                program.emit(f"const u32 at{step // program.deep} = at + (lane / 16 ? {high} : {low});")
             return
         for half in range(2):
-            program.emit(f"const int row{half} = {row(f'lane / 4 + {half * EIGHT}')};")
+            program.emit(f"const int row{half} = {row(f'lane / 4 + {half * ROWS // 2}')};")
             program.emit(f"const u32 start{half} = {begins(f'row{half}')};")
-        for step in range(0, len(self.at), EIGHT):
-            a, b, c, d = (self.at[step + 2 * j] * 2 for j in range(4))
-            program.emit(f"const u32 along{step // EIGHT} =")
+        for step in range(0, len(at), program.chunk):
+            a, b, c, d = at[step : step + program.chunk : program.pair]
+            program.emit(f"const u32 along{step // program.chunk} =")
             program.emit(f"    lane & 2 ? (lane & 1 ? {d} : {c}) : (lane & 1 ? {b} : {a});")
 
     def load(self, moved: Linear, step: int) -> None:
         """Load a step of the depth; `moved` is how far it is from where the tile begins, in elements."""
-        offset = self.program.form(moved * 2)
-        if self.unit == EIGHT:
+        offset = self.program.form(moved * self.program.item)
+        if self.unit == self.program.chunk:
             self.program.emit(f"matrices(a, at{step} + ({offset}));")
             return
         loads = itertools.product((2 * step, 2 * step + 1), range(2))
@@ -133,7 +144,7 @@ class TapFragments:
     """Fragments of the other factor, which lies in shared memory as it does in its tensor.
 
     own: the loops inside that it depends on, the nearest elements last; their steps are its taps.
-    paired: two elements of a depth lie together, so that a fragment is read as it is.
+    paired: the elements of a register lie together, so that a fragment is read as it is.
     laid: they do not, and warps share what is laid out of them.
     collected: where warps are apart, each collects its own instead.
     kept: each thread has registers for all of them.
@@ -154,7 +165,7 @@ class TapFragments:
         steps = {i: abs(spotter.evaluate(program.part(self.address, f"v{i}"), {f"v{i}": 1})) for i in inside}
         self.own = sorted(inside, key=lambda i: -steps[i])
         self.taps = math.prod(nest.loops[i].count or 1 for i in self.own)
-        self.deep, self.cols = nest.lengths["depth"] // DEEP, nest.lengths["cols"] // COLS
+        self.deep, self.cols = nest.lengths["depth"] // program.deep, nest.lengths["cols"] // COLS
         self.parts = self.deep * self.cols
         self.paired = self._is_paired()
         self.laid = not self.paired and not program.apart
@@ -170,6 +181,8 @@ class TapFragments:
             raise ScheduleError(f"{program.other} is read along its taps and a side at a time.")
 
     def _is_paired(self) -> bool:
+        if self.program.pair == 1:
+            return True
         moves = self.program.along(self.address, "depth")
         rest = self.address - self.program.part(self.address, self.program.sides["depth"])
         together = all(a % 2 == 0 and b == a + 1 for a, b in zip(moves[::2], moves[1::2]))
@@ -209,7 +222,7 @@ class TapFragments:
             program.emit(f"at[j] = {program.form(self.address - self.moved)};")
 
     def _place_in_depth(self, part: str) -> None:
-        place = f"{part} / {self.cols} * {DEEP} + lane % 4 * 2 + j % 2 + j / 2 * {EIGHT}"
+        place = f"{part} / {self.cols} * {self.program.deep} + lane % 4 * 2 + j % 2 + j / 2 * {EIGHT}"
         self.program.emit(f"const int depth = {place};")
 
     def _collect(self, part: str) -> None:
@@ -257,13 +270,15 @@ class TapFragments:
             place = f"(({tap}) * {self.parts} + {step * self.cols + col}) * {WARP} + lane"
             program.emit(f"unpack({to}, reinterpret_cast<const uint2*>(memory + {self.place})[{place}]);")
             return
+        begin = step * program.deep
         for half in range(2):
             own = {
                 **names,
-                program.sides["depth"]: f"(lane % 4 * 2 + {step * DEEP + half * EIGHT})",
+                program.sides["depth"]: f"(lane % 4 * {program.pair} + {begin + half * program.chunk})",
                 program.sides["cols"]: f"(lane / 4 + {col * COLS})",
             }
-            found = f"word(address(memory) + {self.begin} + ({program.form(self.address, own)}) * 2)"
+            at = f"({program.form(self.address, own)}) * {program.item}"
+            found = f"word(address(memory) + {self.begin} + {at})"
             program.emit(f"{to}[{half}] = {self._if_tied(found, own)};")
 
     def _tap(self, point: Env) -> str:
@@ -284,20 +299,22 @@ class DepthFragments:
     def __init__(self, program: Program, box: Box, access: Access, side: str, points: Sequence[Env]) -> None:
         self.program, self.access = program, access
         values = program.spotter.indices(access, points[0]) or []
-        conflicts = _conflicts(program, values, "depth", EIGHT)
+        conflicts = _conflicts(program, values, "depth", 4 if program.pair > 1 else EIGHT)
         for whole in aligned(box):
             self.box = without_conflicts(whole, max(EIGHT, whole.width), conflicts)
             address = _address_of(program, self.box, access, points, ("depth", side), EIGHT)
             if address is not None:
                 self.line = program.part(address, program.sides["depth"], *program.apart)
-                self.chunks = [2 * at for at in program.along(address, side)[::EIGHT]]
+                self.chunks = [program.item * at for at in program.along(address, side)[::EIGHT]]
                 return
         raise ScheduleError(f"fragments of {access} are not consecutive in shared memory.")
 
     def begins(self, place: str) -> str:
         """Where the line of a place of the depth begins, from the box on."""
-        return f"({self.program.form(self.line, {self.program.sides['depth']: place})}) * 2"
+        program = self.program
+        return f"({program.form(self.line, {program.sides['depth']: place})}) * {program.item}"
 
     def at(self, point: Env) -> int:
         """How far the fragments of a point are from those of the first, in bytes."""
-        return self.box.address(self.program.spotter.indices(self.access, point) or ()).const * 2
+        place = self.box.address(self.program.spotter.indices(self.access, point) or ())
+        return place.const * self.program.item

@@ -14,12 +14,13 @@ import math
 from dataclasses import dataclass
 
 from .box import WIDEST
+from .cuda_text import REGISTER
 from .footprint import LINE, accumulators_of, footprint, partials_of, runs_of, tile_of
 from .fragments_cuda import KEPT
 from .model_product import CYCLES
 from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
 from .nest import Access, Index, Nest
-from .program_cuda import COLS, DEEP, MOST_SHARED, ROWS
+from .program_cuda import COLS, MOST_SHARED, ROWS, deep_of
 from .roles import Roles, image_and_other, roles_of
 from .words import ITEM_BYTES, WARP
 
@@ -88,11 +89,16 @@ class _Part:
     @property
     def is_async(self) -> bool:
         """Whether a thread goes on while its copies are under way."""
-        return self.width > 1 and not self.turned
+        return not self.is_loaded and not self.turned
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether copies are loads and stores of single elements, which are no whole words."""
+        return self.width == 1 and self.size < REGISTER
 
     def waits(self, threads: int) -> float:
         """How often a thread waits for loads, which copies of single elements are."""
-        return self.elements / (threads * IN_FLIGHT) if self.width == 1 else 0.0
+        return self.elements / (threads * IN_FLIGHT) if self.is_loaded else 0.0
 
 
 @dataclass(frozen=True)
@@ -158,13 +164,18 @@ def _bytes(nest: Nest, batch: int) -> float:
 def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     image, other = image_and_other(nest)
     tile, lengths = tile_of(nest), nest.lengths
-    rows, cols, deep = -(-lengths["rows"] // ROWS), lengths["cols"] // COLS, -(-lengths["depth"] // DEEP)
+    rows, cols, deep = (
+        -(-lengths["rows"] // ROWS),
+        lengths["cols"] // COLS,
+        -(-lengths["depth"] // deep_of(nest)),
+    )
     level = next(stage.level for stage in nest.stages if stage.tensor == image.tensor)
     part, groups = _part(nest, image, level), _groups(nest)
     busy, alike = _shared_out(rows, warps, groups)
     outside = (p.count or 1 for p in nest.loops[level : nest.tile_start] if p.axis in other.axes)
     taps = footprint(nest, other, tile).elements * math.prod(outside)
-    laid = groups * taps * deep * cols * WARP * 4
+    # Elements of four bytes are read as they lie.
+    laid = groups * taps * deep * cols * WARP * 4 if part.size < REGISTER else 0
     kept = taps * deep * cols * 2 <= KEPT
     sums = accumulators_of(nest, tile) * cols
     loads = groups * runs * footprint(nest, image, tile).elements * deep * rows
@@ -190,7 +201,11 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
 def _depth(nest: Nest, warps: int, runs: int, buffers: int, teams: int) -> _Work:
     factors = image_and_other(nest)
     tile, lengths = tile_of(nest), nest.lengths
-    rows, cols, deep = -(-lengths["rows"] // ROWS), lengths["cols"] // COLS, -(-lengths["depth"] // DEEP)
+    rows, cols, deep = (
+        -(-lengths["rows"] // ROWS),
+        lengths["cols"] // COLS,
+        -(-lengths["depth"] // deep_of(nest)),
+    )
     parts, groups = [_part(nest, factor, nest.tile_start) for factor in factors], _groups(nest)
     members, busy_teams = warps // teams, min(teams, runs)
     busy, alike = _shared_out(deep, members, groups)
@@ -250,7 +265,7 @@ def _part(nest: Nest, access: Access, level: int) -> _Part:
         if stride == 1 and span > 1:
             turned = not index.axes & side
             moves = [c * _inside(nest, a, level) for a, c in index.terms if _is_outside(nest, a, level)]
-            steps = (_fixed(roles, index), extent or 0, *moves)
+            steps = (_fixed(roles, index, size), extent or 0, *moves)
             width = next(
                 w for w in (8, 4, 2, 1) if w * size <= WIDEST and w <= span and not any(s % w for s in steps)
             )
@@ -259,12 +274,12 @@ def _part(nest: Nest, access: Access, level: int) -> _Part:
     return _Part(math.prod(spans), width, together, size, turned)
 
 
-def _fixed(roles: Roles, index: Index) -> int:
-    """Where a part begins that may not begin sooner: fragments of rows are read in pairs, those of a depth by
+def _fixed(roles: Roles, index: Index, size: int) -> int:
+    """Where a part begins that may not begin sooner: fragments of rows are read in words, those of a depth by
     eights, and what is turned around may begin anywhere."""
     if not index.axes & {*roles.channels}:
         return 0
-    return index.offset % 2 if roles.along else index.offset
+    return index.offset % (REGISTER // size) if roles.along else index.offset
 
 
 def _is_outside(nest: Nest, axis: str, level: int) -> bool:

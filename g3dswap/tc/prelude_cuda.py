@@ -16,20 +16,6 @@ static __device__ __forceinline__ void narrow(float* p, float x) { *p = x; }
 static __device__ __forceinline__ void narrow2(float* p, float x, float y) {
   *reinterpret_cast<float2*>(p) = make_float2(x, y);
 }
-static __device__ __forceinline__ void narrow(u16* p, float x) {
-  u16 y;
-  asm("cvt.rn.@TYPE@.f32 %0, %1;" : "=h"(y) : "f"(x));
-  *p = y;
-}
-static __device__ __forceinline__ void narrow2(u16* p, float x, float y) {
-  u32 both;
-  asm("cvt.rn.@TYPE@x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
-  *reinterpret_cast<u32*>(p) = both;
-}
-static __device__ __forceinline__ float widen(u16 x) {
-  @WIDEN@
-}
-
 static __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Copies so many bytes, or as many zeros; they are there behind `arrived`.
@@ -44,6 +30,41 @@ template <int BYTES> static __device__ __forceinline__ void copy(void* to, const
                  "r"(address(to)), "l"(from), "n"(BYTES), "r"(some ? BYTES : 0) : "memory");
   }
 }
+// Ends a group of copies.
+static __device__ __forceinline__ void committed() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all threads' groups but the last so many have arrived.
+template <int GROUPS> static __device__ __forceinline__ void arrived() {
+  if constexpr (GROUPS == 0) asm volatile("cp.async.wait_all;" ::: "memory");
+  else asm volatile("cp.async.wait_group %0;" :: "n"(GROUPS) : "memory");
+  __syncthreads();
+}
+
+static __device__ __forceinline__ u32 loaded(u32 at) {
+  u32 found;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(found) : "r"(at));
+  return found;
+}
+static __device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at));
+}
+"""
+
+HALVES = r"""
+static __device__ __forceinline__ void narrow(u16* p, float x) {
+  u16 y;
+  asm("cvt.rn.@TYPE@.f32 %0, %1;" : "=h"(y) : "f"(x));
+  *p = y;
+}
+static __device__ __forceinline__ void narrow2(u16* p, float x, float y) {
+  u32 both;
+  asm("cvt.rn.@TYPE@x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
+  *reinterpret_cast<u32*>(p) = both;
+}
+static __device__ __forceinline__ float widen(u16 x) {
+  @WIDEN@
+}
+
 template <int WIDTH> struct Wide;
 template <> struct Wide<2> { typedef u32 type; };
 template <> struct Wide<4> { typedef uint2 type; };
@@ -82,24 +103,9 @@ template <int WIDTH> static __device__ __forceinline__ void put(u16* to, const u
     *reinterpret_cast<typename Wide<WIDTH>::type*>(to) = found.whole;
   }
 }
-// Ends a group of copies.
-static __device__ __forceinline__ void committed() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all threads' groups but the last so many have arrived.
-template <int GROUPS> static __device__ __forceinline__ void arrived() {
-  if constexpr (GROUPS == 0) asm volatile("cp.async.wait_all;" ::: "memory");
-  else asm volatile("cp.async.wait_group %0;" :: "n"(GROUPS) : "memory");
-  __syncthreads();
-}
 
-static __device__ __forceinline__ u32 word(u32 at) {
-  u32 found;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(found) : "r"(at));
-  return found;
-}
-static __device__ __forceinline__ void matrices(u32 (&to)[4], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at));
-}
+static __device__ __forceinline__ u32 word(u32 at) { return loaded(at); }
+static __device__ __forceinline__ void matrices(u32 (&to)[4], u32 at) { load_matrices(to, at); }
 static __device__ __forceinline__ void transposed(u32 (&to)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at));
@@ -122,6 +128,28 @@ static __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[
 }
 """
 
+SINGLES = r"""
+static __device__ __forceinline__ float widen(float x) { return x; }
+
+// The nearest TF32, which the matrix unit would truncate a float to.
+static __device__ __forceinline__ u32 rounded(u32 x) {
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(x) : "f"(__uint_as_float(x)));
+  return x;
+}
+static __device__ __forceinline__ u32 word(u32 at) { return rounded(loaded(at)); }
+static __device__ __forceinline__ void matrices(u32 (&to)[4], u32 at) {
+  load_matrices(to, at);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = rounded(to[i]);
+}
+static __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+"""
+
 _TYPES = {
     "bfloat16": ("bf16", "return __uint_as_float((u32)x << 16);"),
     "float16": ("f16", 'float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y;'),
@@ -129,6 +157,8 @@ _TYPES = {
 
 
 def prelude_cuda(dtype: str) -> str:
-    """The prelude for factors of a half type."""
+    """The prelude for factors of a half type, or of float32 that are rounded to TF32."""
+    if dtype == "float32":
+        return PRELUDE + SINGLES
     name, widen = _TYPES[dtype]
-    return PRELUDE.replace("@TYPE@", name).replace("@WIDEN@", widen)
+    return PRELUDE + HALVES.replace("@TYPE@", name).replace("@WIDEN@", widen)

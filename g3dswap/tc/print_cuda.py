@@ -13,10 +13,9 @@ from .nest import SIDE_BINDS, Nest
 from .pointwise_cuda import pointwise_cuda
 from .prelude_cuda import MEMORY, prelude_cuda
 from .program_cuda import COLS, MOST_SHARED, Program
-from .roles import image_and_other
+from .roles import image_and_other, possible
 from .rows_cuda import RowsProgram
 from .schedule import Schedule
-from .words import ITEM_BYTES
 
 SHARED = "// bytes of shared memory: "
 
@@ -49,7 +48,7 @@ def print_cuda(nest: Nest, warps: int, buffers: int = 1, teams: int = 1) -> str:
     program.write()
     if program.shared > MOST_SHARED:
         raise ScheduleError(f"{program.shared} bytes of shared memory, of {MOST_SHARED}; use fewer rows.")
-    kinds = {tensor.name: "u16" for tensor in nest.tensors}
+    kinds = {tensor.name: program.kind for tensor in nest.tensors}
     result = nest.output.tensor
     if nest.partial_counts:
         kinds[result] = "float"
@@ -86,13 +85,15 @@ def _check(nest: Nest, warps: int) -> None:
         raise ScheduleError(
             f"a product in shared memory has one loop each of rows, cols and depth, not {sides}."
         )
-    if ITEM_BYTES[dtype] != 2 or len(nest.factors) != 2:
+    if not possible(nest):
         raise ScheduleError(
-            f"fragments are of two factors of a half type, not {len(nest.factors)} of {dtype}."
+            f"fragments are of two factors of a half type, or TF32, not {len(nest.factors)} of {dtype}."
         )
     if lengths["cols"] % COLS:
         raise ScheduleError(f"{lengths['cols']} cols are no multiple of {COLS}.")
     apart = [p for p in nest.loops if p.bind == "warps"]
+    if apart and dtype == "float32":
+        raise ScheduleError(f"warps have steps of {apart[0].axis} only where factors are of a half type.")
     if apart and ([p.count for p in apart] != [warps] or nest.is_reduce(apart[0].axis)):
         steps = " x ".join(str(p.count) for p in apart)
         raise ScheduleError(f"{steps} steps of {apart[0].axis} are not one for each of {warps} warps.")

@@ -6,14 +6,14 @@ import itertools
 import math
 
 from ..errors import ScheduleError
-from .cuda_text import CudaText, Names
+from .cuda_text import ROW, CudaText, Names
 from .nest import Nest
 from .place import Env
 from .place_nd import Spot
 from .roles import image_and_other
-from .words import WARP
+from .words import ITEM_BYTES, WARP
 
-ROWS, COLS, DEEP = 16, 8, 16
+ROWS, COLS = 16, 8
 """Of one product of the matrix unit."""
 MOST_SHARED = 227 * 1024
 """Bytes of shared memory that a program can have, on an H100."""
@@ -25,6 +25,11 @@ APART = 128
 """Bytes that what is in shared memory begins at multiples of."""
 
 Key = tuple[int, ...]
+
+
+def deep_of(nest: Nest) -> int:
+    """How deep one product of the matrix unit is."""
+    return 2 * ROW // ITEM_BYTES[nest.tensors[0].dtype]
 
 
 class Program(CudaText):

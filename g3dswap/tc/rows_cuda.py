@@ -15,7 +15,7 @@ from .copies_cuda import write_copy
 from .fragments_cuda import RowFragments, TapFragments
 from .linear import Linear
 from .place import Env
-from .program_cuda import COLS, DEEP, ROWS, Key, Program
+from .program_cuda import COLS, ROWS, Key, Program
 from .words import ITEM_BYTES
 
 GAP = 2
@@ -25,14 +25,14 @@ GAP = 2
 class RowsProgram(Program):
     def write(self) -> None:
         lengths, level = self.nest.lengths, len(self.grid)
-        if lengths["depth"] % DEEP:
-            raise ScheduleError(f"a depth of {lengths['depth']} is no multiple of {DEEP}.")
+        if lengths["depth"] % self.deep:
+            raise ScheduleError(f"a depth of {lengths['depth']} is no multiple of {self.deep}.")
         points, sums, depth = self.terms(), self.sums(), self.sides["depth"]
         box = box_of(self, self.image, points, level, lambda symbol: depth in self.variables(symbol))
         image = RowFragments(self, box, points)
-        start = self.take(image.box.size * 2)
+        start = self.take(image.box.size * self.item)
         raw = box_of(self, self.other, [{}], level, lambda symbol: True)
-        taps = TapFragments(self, raw, self.take(raw.size * 2))
+        taps = TapFragments(self, raw, self.take(raw.size * self.item))
         self.check_size(len(sums) * taps.cols * 4, len(points) * taps.deep * taps.cols)
         self.copy(raw, f"memory + {taps.begin}")
         self.copy(image.box, f"memory + {start}")

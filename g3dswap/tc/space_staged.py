@@ -22,7 +22,7 @@ from .box import WIDEST
 from .nest import Access, Nest
 from .print_cuda import print_cuda
 from .product import Packs, Product, Side, Skews, of_tiles, splits
-from .program_cuda import COLS, DEEP, MOST_ACCUMULATORS, ROWS
+from .program_cuda import COLS, MOST_ACCUMULATORS, ROWS, deep_of
 from .roles import Roles, added, batches, image_and_other, possible, roles_of, sides
 from .schedule import apply, rewritten
 from .skew import Skew, patch_name, shifted_by
@@ -63,7 +63,7 @@ Form = tuple[Packs, Skews]
 
 def families(nest: Nest) -> Iterator[tuple[list[Product], Callable[[Container[Tile]], Iterator[Product]]]]:
     """For each way to pack and skew: every tile once, and all products of some tiles."""
-    if not possible(nest) or ITEM_BYTES[nest.tensors[0].dtype] > 2:
+    if not possible(nest):
         return
     for form in forms(nest):
         found = products(nest, form, thorough=False)
@@ -76,15 +76,18 @@ def forms(nest: Nest) -> list[Form]:
     roles = roles_of(nest)
     channels, filters = (_steps(nest, axes) for axes in (roles.channels, roles.other))
     found: list[Form] = []
-    if channels % DEEP == 0 and filters % COLS == 0:
+    deepest = deep_of(nest)
+    if _is_single(nest) and channels == 1:
+        return found  # sums of few products take vector units, which do not round factors
+    if channels % deepest == 0 and filters % COLS == 0:
         found.append(((), ()))
     for axis in batches(nest):
         for count in BLOCKS[1:]:
             deep, wide = count * channels, count * filters
-            whole = deep % DEEP == 0 and wide % COLS == 0 and (nest.extent(axis) or 1) % count == 0
-            if whole and deep <= 2 * DEEP and wide <= MOST_COLS:
+            whole = deep % deepest == 0 and wide % COLS == 0 and (nest.extent(axis) or 1) % count == 0
+            if whole and deep <= 2 * deepest and wide <= MOST_COLS:
                 found.append((((axis, count),), ()))
-    if channels < DEEP:
+    if channels < deepest:
         found += [((), skews) for skews in _skewings(nest, roles, channels, filters)]
     ranked = sorted((rank, form) for form in found if (rank := _rank(nest, form)) < math.inf)
     printed = (form for _, form in ranked if _prints(nest, form))
@@ -135,7 +138,7 @@ def _skewings(nest: Nest, roles: Roles, channels: int, filters: int) -> Iterator
                     continue
                 deep = channels * _steps(whole, [patch_name(axis) for axis in own])
                 # A single patch may be read past its end.
-                fits = deep % DEEP == 0 or (len(own) == 1 and channels == 1)
+                fits = deep % deep_of(nest) == 0 or (len(own) == 1 and channels == 1)
                 if deep <= MOST_DEPTH and fits and deep not in depths:
                     depths.add(deep)
                     yield skews
@@ -155,9 +158,9 @@ def _rank(nest: Nest, form: Form) -> float:
     deep, taps = _steps(whole, roles.channels), _steps(whole, sides(whole))
     # Of channels that lie together, a program reads those of several groups.
     words = max((skew.word for skew in form[1]), default=1) if near & positions else deep
-    width = min(WIDEST // 2, words)
+    width = min(WIDEST // ITEM_BYTES[nest.tensors[0].dtype], words)
     copied = COPIED / width * _steps(nest, roles_of(nest).channels) / _steps(nest, roles_of(nest).other)
-    return taps * -(-deep // DEEP) * DEEP / (ROWS * DEEP * COLS) * MULTIPLIED + copied
+    return taps * -(-deep // deep_of(nest)) / (ROWS * COLS) * MULTIPLIED + copied
 
 
 @functools.lru_cache(maxsize=64)
@@ -173,7 +176,8 @@ def products(nest: Nest, form: Form, thorough: bool = True) -> list[Product]:
 def _products(nest: Nest, roles: Roles, form: Form, thorough: bool) -> Iterator[Product]:
     image, other = image_and_other(nest)
     high, wide = _steps(nest, roles.channels), _steps(nest, roles.other)
-    channels = _by_step(nest, image, roles.channels), -(-high // DEEP) * DEEP
+    whole = deep_of(nest) if roles.along else ROWS
+    channels = _by_step(nest, image, roles.channels), -(-high // whole) * whole
     # Results that lie together are pairs of columns; or what is turned around is read together.
     others = _by_step(nest, nest.output if roles.along else other, roles.other), wide
     shares = [others]
@@ -277,13 +281,18 @@ def _groups(nest: Nest, form: Form) -> list[Tile]:
 
 def _apart(nest: Nest) -> list[tuple[str, int]]:
     """A batch axis and numbers of its steps, one for each warp, where these follow each other in memory."""
-    extents = [(axis, nest.extent(axis) or 1) for axis in _following(nest)]
+    extents = [(axis, nest.extent(axis) or 1) for axis in _following(nest) if not _is_single(nest)]
     return [
         (axis, count)
         for axis, extent in extents
         for count in GROUPS
         if -(-extent // count) * count <= WASTED * extent
     ]
+
+
+def _is_single(nest: Nest) -> bool:
+    """Whether factors are no half types, but floats that are rounded to TF32."""
+    return nest.tensors[0].dtype == "float32"
 
 
 def _following(nest: Nest) -> list[str]:
@@ -309,7 +318,7 @@ def _is_small(nest: Nest, tile: Tile, rows: Side, cols: Side, depth: Side, along
     sums = math.prod(count for axis, count in tile if not nest.is_reduce(axis))
     sums *= math.prod(count for axis, count in split.items() if axis not in dict(tile))
     high = 1 if along else rows[1] // ROWS
-    deep = depth[1] // DEEP if along else 1
+    deep = depth[1] // deep_of(nest) if along else 1
     taps = math.prod(count for axis, count in tile if nest.is_reduce(axis))
     divided = math.prod(split.values())
     wide = cols[1] // COLS

@@ -28,6 +28,10 @@ from tests.geometries import TOLERANCE, Case, error, expected, operands
 from tests.tc.spaces import every
 
 PASSES = ("forward", "grad_input", "grad_weight")
+TF32 = 6e-4
+"""Relative error of short sums whose factors are rounded to TF32."""
+DTYPES = {torch.bfloat16: "ieee", torch.float16: "ieee", torch.float32: "tf32"}
+"""And what a matrix unit may do with them."""
 GEOMETRIES = {
     "depthwise 7x7x7": Geometry(2, 2, 2, (3, 9, 12), (7, 7, 7), padding=(3, 3, 3)),
     "depthwise 5x5x5": Geometry(3, 3, 3, (4, 6, 16), (5, 5, 5), padding=(2, 2, 2)),
@@ -52,10 +56,14 @@ def products(nest: Nest) -> list[Product]:
     return every(families(nest))
 
 
+def tolerance(problem: Problem) -> float:
+    return TF32 if problem.precision == "tf32" else TOLERANCE[problem.dtype]
+
+
 def check(case: Case, kernel: Kernel) -> None:
     tensors, out = operands(case)
     kernel(*tensors, out=out)
-    assert error(out, expected(case, tensors)) <= TOLERANCE[case.problem.dtype]
+    assert error(out, expected(case, tensors)) <= tolerance(case.problem)
 
 
 def checked(case: Case, found: list[Product], most: int = 8) -> Kernel | None:
@@ -95,12 +103,14 @@ def cases(draw: st.DrawFn) -> Case:
         assume(False)
         raise
     direction = draw(st.sampled_from(PASSES))
+    dtype = draw(st.sampled_from([*DTYPES]))
     problem = Problem(
         direction,
         geometry,
-        draw(st.sampled_from([torch.bfloat16, torch.float16])),
+        dtype,
         draw(st.sampled_from(["contiguous", "channels_last_3d"])),
         bias=direction == "forward" and draw(st.booleans()),
+        precision=DTYPES[dtype],
     )
     return Case(problem, draw(st.integers(1, 2)), draw(st.integers(0, 2**31)))
 
@@ -252,8 +262,36 @@ def test_functions_of_the_result(activation: str) -> None:
     assert checked(Case(problem, 1, 4), products(nest_of(problem)), most=40) is not None
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("name", ["four channels a group", "sixteen channels a group", "strided", "dilated"])
+@pytest.mark.parametrize("direction", PASSES)
+def test_floats_are_rounded_to_tf32(direction: str, name: str, layout: str) -> None:
+    half = problem_of(direction, GEOMETRIES[name], layout, bias=True)
+    problem = replace(half, dtype=torch.float32, precision="tf32")
+    found = products(nest_of(problem))
+    assert not any(product.apart for product in found)
+    kernel = checked(Case(problem, 3, 5), found, most=40)
+    assert kernel is not None and "tf32" in kernel.source and "u16* " not in kernel.source
+
+
+@pytest.mark.parametrize("direction", PASSES)
+def test_infinities_and_nans_stay(direction: str) -> None:
+    """The greatest float of TF32 and what rounds beyond it, too."""
+    half = problem_of(direction, GEOMETRIES["32 channels a group"], "channels_last_3d")
+    problem = replace(half, dtype=torch.float32, precision="tf32")
+    case = Case(problem, 1, 0)
+    tensors, out = operands(case)
+    nest = nest_of(problem)
+    kernel = emulated(nest, products(nest)[0].schedule(nest))
+    for value in (math.inf, -math.inf, math.nan, 3.4028e38):
+        special = tensors[0].clone()
+        special[0, 0, 0, 0, 0] = value
+        kernel(special, *tensors[1:], out=out)
+        assert not out.isfinite().all()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [*DTYPES])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
 @pytest.mark.parametrize("direction", PASSES)
 def test_on_a_gpu(direction: str, layout: str, dtype: torch.dtype) -> None:
@@ -262,7 +300,7 @@ def test_on_a_gpu(direction: str, layout: str, dtype: torch.dtype) -> None:
     for geometry in GEOMETRIES.values():
         activation = rng.choice(("", *ACTIVATIONS)) if direction == "forward" else ""
         plain = problem_of(direction, geometry, layout, bias=True)
-        problem = replace(plain, dtype=dtype, activation=activation)
+        problem = replace(plain, dtype=dtype, activation=activation, precision=DTYPES[dtype])
         case, nest = Case(problem, 3, rng.randrange(1000)), nest_of(problem)
         found = [p.schedule(nest) for p in products(nest)]
         tensors, out = operands(case)
@@ -274,7 +312,7 @@ def test_on_a_gpu(direction: str, layout: str, dtype: torch.dtype) -> None:
                 continue
             result = out.cuda()
             kernel(*(tensor.cuda() for tensor in tensors), out=result)
-            assert error(result.cpu(), reference) <= TOLERANCE[dtype]
+            assert error(result.cpu(), reference) <= tolerance(problem)
 
 
 def test_the_image_is_copied_once_in_wide_words() -> None:
@@ -306,5 +344,5 @@ def test_what_does_not_fit_is_refused() -> None:
     wide = nest_of(
         replace(problem_of("forward", GEOMETRIES["sixteen channels a group"]), dtype=torch.float32)
     )
-    with pytest.raises(ScheduleError, match="two factors of a half type, not 2 of float32"):
+    with pytest.raises(ScheduleError, match="two factors of a half type, or TF32, not 2 of float32"):
         emulated(wide, schedule)

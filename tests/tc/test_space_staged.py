@@ -72,12 +72,17 @@ def test_what_does_not_fit_on_the_gpu_is_not_proposed(monkeypatch: pytest.Monkey
     assert not any(map(is_cuda, Space(nest, "triton").ranked(64, random.Random(0))))
 
 
-def test_only_half_types() -> None:
+def test_half_types_and_where_it_is_allowed_tf32() -> None:
     layer = Geometry(32, 32, 32, (8, 16, 16), (3, 3, 3), padding=(1, 1, 1))
     half = problem_of("forward", layer)
     assert forms(nest_of(half))
     assert len(forms(nest_of(half))) <= FORMS
-    assert not list(families(nest_of(replace(half, dtype=torch.float32))))
+    single = replace(half, dtype=torch.float32)
+    assert not list(families(nest_of(single)))
+    assert not list(families(nest_of(replace(single, precision="tf32"))))  # of single channels a group
+    few = replace(single, geometry=replace(layer, groups=8))
+    assert not list(families(nest_of(few)))
+    assert list(families(nest_of(replace(few, precision="tf32"))))
 
 
 @pytest.mark.parametrize(
