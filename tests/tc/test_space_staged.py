@@ -121,8 +121,8 @@ def measured(layer: dict[str, Any]) -> list[tuple[float, float]]:
     found = []
     for text, microseconds in layer["kernels"]:
         schedule = Schedule.from_json(text)
-        warps, buffers = schedule.hint("warps", 4), schedule.hint("stages", 1)
-        seconds = model_staged.cost(apply(nest, schedule), warps, buffers, batch=layer["batch"])
+        hints = (schedule.hint(*hint) for hint in (("warps", 4), ("stages", 1), ("teams", 1)))
+        seconds = model_staged.cost(apply(nest, schedule), *hints, batch=layer["batch"])
         found.append((seconds, microseconds))
     return found
 
