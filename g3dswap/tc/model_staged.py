@@ -61,6 +61,8 @@ WHOLE_WAVES = 4
 """Fewer waves of programs than these end together."""
 OVERLAP = 0.87
 """Of the second largest of the times, what the largest one does not hide."""
+SHARED_DEPTH = 0.8
+"""Of the estimate, what kernels take whose warps share a depth that is copied as it lies."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class _Work:
     shared: bytes; registers: of a thread; busy: warps that multiply; slots: issue slots of all warps;
     products: of fragments; trips: of warps to shared memory and the L1 cache; chain: products of the same
     sums that follow each other in one warp; arrivals: waits for copies; waits: for loads; copied: bytes;
-    pieces: in which results are written, where no line of the cache is written whole.
+    pieces: in which results are written, where no line of the cache is written whole; shares_depth: whether
+    warps have parts of a depth that is copied as it lies.
     """
 
     shared: float
@@ -122,6 +125,7 @@ class _Work:
     waits: float
     copied: float
     pieces: int = 0
+    shares_depth: bool = False
 
 
 def cost(
@@ -151,7 +155,8 @@ def cost(
     *_, second, first = sorted((alone, together, memory))
     spilled = max(1.0, work.registers / most) ** 2
     launches = LAUNCH + (TOTAL if partials_of(nest, batch) > 1 else 0.0)
-    return launches + spilled * (first + OVERLAP * second) + programs * work.pieces * PIECE
+    scale = SHARED_DEPTH if work.shares_depth else 1.0
+    return scale * (launches + spilled * (first + OVERLAP * second)) + programs * work.pieces * PIECE
 
 
 def _bytes(nest: Nest, batch: int) -> float:
@@ -230,6 +235,7 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int, teams: int) -> _Work
         arrivals=1 + AWAITED * (rounds - 1) if ahead else rounds,
         waits=rounds * sum(part.waits(members * WARP) for part in parts),
         copied=copied,
+        shares_depth=groups == 1 and not any(part.turned for part in parts),
     )
 
 

@@ -53,8 +53,9 @@ TEAMS = (2, 4, 8)
 GROUPS = (2, 4, 8, 16)
 WASTED = 1.2
 """Groups of a program, one for each warp, and how many times as many as there are they may be."""
-PROGRAMS = 1, 150, 400, 1200
-"""How many programs a split reduction is to give, at least: each writes all of its sums."""
+PROGRAMS = 150, 400, 1200, 1
+"""How many programs a split reduction is to give, at least: each writes all of its sums. The first stands for
+all where tiles are compared."""
 PRODUCTS = 1024
 """Products of the unrolled code of a warp."""
 
