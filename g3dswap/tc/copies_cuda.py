@@ -141,9 +141,9 @@ def _runs(text: CudaText, box: Box, base: Linear) -> list[_Run]:
         if first.tested is None and widest > first.width:
             first.width = widest
         return runs
-    for run in (
-        runs[1:] if text.pair == 2 else ()
-    ):  # what lies side by side in the box is far apart in the tensor
+    if text.pair == 1:
+        return runs  # an element is a word, wherever it goes
+    for run in runs[1:]:  # what lies side by side in the box is far apart in the tensor
         even = not any(other.pitch % 2 for other in runs if other is not run)
         if run.pitch == 1 and even and (run.count % 2 == 0 or box.width % 2 == 0):
             run.width = 2

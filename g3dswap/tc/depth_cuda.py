@@ -16,6 +16,7 @@ from ..errors import ScheduleError
 from .box import box_of
 from .copies_cuda import write_copy
 from .fragments_cuda import DepthFragments
+from .loads_cuda import DepthLoads, TurnedLoads, WordLoads
 from .nest import Access, Nest
 from .place import Env
 from .program_cuda import COLS, ROWS, Program
@@ -42,13 +43,12 @@ class DepthProgram(Program):
         points = self.terms()
         each = self.rows * self.cols
         self.check_size(self.sums * each * 4, len(points) * each)
-        self.nothing = self.take(16)
-        self.emit(f"if (thread < 4) reinterpret_cast<u32*>(memory + {self.nothing})[thread] = 0;")
         factors = self.fragments(self.image, "rows", points), self.fragments(self.other, "cols", points)
         before = self.shared
         starts = [self.take(factor.box.size * self.item) - before for factor in factors]
         size = self.shared - before
         self.take(size * (self.buffers * self.teams - 1))
+        loads = (TurnedLoads if self.pair > 1 else WordLoads)(self, *factors, starts)
         buffer = f"{before}" + (f" + round % {self.buffers} * {size}" if self.buffers > 1 else "")
         step, rounds = "round", "steps"
         if self.teams > 1:
@@ -75,7 +75,7 @@ class DepthProgram(Program):
             self.emit("round + 1 < rounds ? arrived<1>() : arrived<0>();" if ahead else "arrived<0>();")
             self.emit(f"const int step = {step};", f"const u32 buffer = address(memory) + {buffer};")
             with self.own_part():
-                self.multiply(factors, starts, points)
+                self.multiply(loads, points)
             self.emit("__syncthreads();")
         sums = DepthSums(self, self.sums, self.rows, self.cols)
         sums.add_up()
@@ -105,11 +105,9 @@ class DepthProgram(Program):
         box = box_of(self, access, points, level, lambda symbol: variable in self.variables(symbol))
         return DepthFragments(self, box, access, side, points)
 
-    def multiply(
-        self, factors: tuple[DepthFragments, DepthFragments], starts: Sequence[int], points: Sequence[Env]
-    ) -> None:
+    def multiply(self, loads: DepthLoads, points: Sequence[Env]) -> None:
         """The products of each piece of the depth: each fragment of the image, and all that uses it."""
-        image, other = factors
+        image, other = loads.image, loads.other
         deep = self.nest.lengths["depth"]
         numbers = {
             key: n
@@ -123,74 +121,13 @@ class DepthProgram(Program):
             uses.setdefault(image.at(point), []).append((numbers[self.key(point)], others[other.at(point)]))
         self.emit("#pragma unroll 1")
         with self.block(self.shares("piece", -(-deep // self.deep))):
-            begins = self.begin_halves if self.pair > 1 else self.begin_words
-            begins(image, other, starts, deep)
+            loads.begin()
             self.emit(f"u32 a[4], b[{len(others)}][{self.cols}][2];")
             for at, number in others.items():
-                self.load_other(other, at, number)
+                loads.load_other(number, at)
             for at in sorted(uses):
                 for row in range(self.rows):
-                    if self.pair > 1:
-                        self.emit(f"transposed(a, from{row} + {at});")
-                    else:
-                        low, high = (chunk + at for chunk in image.chunks[2 * row : 2 * row + 2])
-                        places = (
-                            f"{line} + {chunk}" for line in ("first", "second") for chunk in (low, high)
-                        )
-                        self.emit(*(f"a[{i}] = word({place});" for i, place in enumerate(places)))
+                    loads.load_image(row, at)
                     for number, fragment in uses[at]:
                         for col in range(self.cols):
                             self.emit(f"multiply(sum[{number}][{row}][{col}], a, b[{fragment}][{col}]);")
-
-    def begin_halves(
-        self, image: DepthFragments, other: DepthFragments, starts: Sequence[int], deep: int
-    ) -> None:
-        """Say where the lines of a piece begin for `ldmatrix`, which turns halves around.
-
-        It takes the lines of a left operand and those of a right one in different orders.
-        """
-        place = f"piece * {self.deep} + lane % 8 + lane / 16 * 8"
-        self.emit(f"const int left = {f'min({place}, {deep - 1})' if deep % self.deep else place};")
-        self.emit(f"const int right = piece * {self.deep} + lane % 16;")
-        if deep % self.deep:  # what is beyond the end is multiplied by zero
-            self.emit(f"const bool some = right < {deep};")
-        for row in range(self.rows):
-            low, high = image.chunks[2 * row : 2 * row + 2]
-            begins = f"buffer + {starts[0]} + {image.begins('left')}"
-            self.emit(f"const u32 from{row} = {begins} + (lane & 8 ? {high} : {low});")
-        self.emit(f"const u32 with = buffer + {starts[1]} + {other.begins('right')};")
-
-    def begin_words(
-        self, image: DepthFragments, other: DepthFragments, starts: Sequence[int], deep: int
-    ) -> None:
-        """Say where a lane's elements lie on the two lines of a piece that it reads."""
-        for half, line in enumerate(("first", "second")):
-            place = f"piece * {self.deep} + lane % 4 + {half * self.chunk}"
-            at = f"{line}_line"
-            self.emit(f"const int {at} = {f'min({place}, {deep - 1})' if deep % self.deep else place};")
-            if deep % self.deep:  # what is beyond the end is multiplied by zero
-                self.emit(f"const bool some_{line} = {place} < {deep};")
-            for name, factor, start in ((line, image, starts[0]), (f"with_{line}", other, starts[1])):
-                begin = f"buffer + {start} + {factor.begins(at)} + lane / 4 * {self.item}"
-                self.emit(f"const u32 {name} = {begin};")
-
-    def load_other(self, other: DepthFragments, at: int, number: int) -> None:
-        """Load the columns of a right operand; of halves two fragments at a time where there are two."""
-        cut = self.nest.lengths["depth"] % self.deep
-        if self.pair == 1:
-            for col, half in itertools.product(range(self.cols), range(2)):
-                line = ("first", "second")[half]
-                found = f"word(with_{line} + {other.chunks[col] + at})"
-                found = f"some_{line} ? {found} : 0" if cut else found
-                self.emit(f"b[{number}][{col}][{half}] = {found};")
-            return
-        for col in range(0, self.cols, 2):
-            chunks = [chunk + at for chunk in other.chunks[col : col + 2]]
-            offset = str(chunks[0]) if len(chunks) == 1 else f"(lane / 16 ? {chunks[1]} : {chunks[0]})"
-            begin = f"with + {offset}"
-            if cut:
-                begin = f"some ? {begin} : address(memory) + {self.nothing}"
-            if len(chunks) == 1:
-                self.emit(f"transposed(b[{number}][{col}], {begin});")
-            else:
-                self.emit(f"transposed(b[{number}][{col}], b[{number}][{col + 1}], {begin});")

@@ -18,12 +18,10 @@ from .words import WARP
 KEPT = 112
 """Registers of a thread that fragments of the other factor may take; more are read again for each row."""
 BANKS = 32
+EIGHT = 8
+"""Elements of a line that a fragment whose depth is positions has together."""
 SAMPLE = 64
 """Lines of a side by which the conflicts of a box are counted."""
-
-
-EIGHT = 8
-"""Lines of a fragment that a warp reads at once, four words of each; or elements that it turns around."""
 
 
 def _again(lines: Sequence[int], words: Sequence[int]) -> int:

@@ -14,10 +14,10 @@ import math
 
 from .footprint import LINE, accumulators_of, footprint, runs_of, tile_of
 from .model_product import CYCLES, SHARED_BYTES, elements_of
-from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
+from .model_triton import MOST_WARPS, PROCESSORS
 from .nest import SIDE_BINDS, Access, Nest
 from .roles import image_and_other
-from .words import ITEM_BYTES, WARP
+from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, WARP
 
 LAUNCH = 3e-6
 PLANE = 0.57e-6

@@ -12,10 +12,10 @@ import math
 from dataclasses import dataclass
 
 from .footprint import LINE, accumulators_of, footprint, partials_of, runs_of, tile_of
-from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
+from .model_triton import MOST_WARPS, PROCESSORS
 from .nest import SIDE_BINDS, Access, Loop, Nest
 from .triton_text import parts
-from .words import ITEM_BYTES, WARP
+from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, WARP
 
 BANDWIDTH = 4e12
 CYCLES = 1.75e9

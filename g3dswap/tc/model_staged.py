@@ -18,11 +18,11 @@ from .cuda_text import REGISTER
 from .footprint import LINE, accumulators_of, footprint, partials_of, runs_of, tile_of
 from .fragments_cuda import KEPT
 from .model_product import CYCLES
-from .model_triton import MOST_REGISTERS, MOST_WARPS, PROCESSORS, REGISTERS
+from .model_triton import MOST_WARPS, PROCESSORS
 from .nest import Access, Index, Nest
-from .program_cuda import COLS, MOST_SHARED, ROWS, deep_of
+from .program_cuda import COLS, MOST_SHARED, ROWS, SHARED, deep_of
 from .roles import Roles, image_and_other, roles_of
-from .words import ITEM_BYTES, WARP
+from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, WARP
 
 LAUNCH, TOTAL = 4.5e-6, 8e-6
 """Seconds of a launch, and of the second stage of a split reduction."""
@@ -51,8 +51,6 @@ IN_FLIGHT, LATENCY = 12, 1200.0
 """Where copies are of single elements: how many of a thread are loaded at once, and the cycles of that."""
 SECTOR = 32
 """Bytes that come from memory together."""
-SHARED = 228 * 1024
-"""Bytes of shared memory of a multiprocessor."""
 PADDED = 1.15
 """Of a box's elements, with the padding between its rows."""
 OWN, HOPELESS = 40, 330

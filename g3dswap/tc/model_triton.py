@@ -27,15 +27,13 @@ from .footprint import (
 from .nest import Access, Nest
 from .space_cpp import SIDE
 from .triton_text import parts
-from .words import ITEM_BYTES
+from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS
 
 BANDWIDTH = 2.6e12
 """Bytes a second of the device memory, in practice."""
 L2_BANDWIDTH = 8.73e12
 PROCESSORS = 132
 CYCLES = 1.9e9
-REGISTERS = 65536
-MOST_REGISTERS = 255  # of a thread
 MOST_WARPS = 64  # of a multiprocessor
 MOST_PROGRAMS = 32
 SECTOR = 32  # bytes

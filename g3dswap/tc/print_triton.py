@@ -18,13 +18,11 @@ from .place import Env
 from .place_nd import Spot
 from .pointwise_triton import pointwise_triton
 from .triton_text import WORDS, Expressions, parts
-from .words import Word, word
+from .words import REGISTERS, Word, word
 
 MAX_TERMS = 2000
 MAX_ACCUMULATORS = 128
 MAX_TILE = 1 << 16
-MAX_REGISTERS = 1 << 16
-"""Registers of 32 bits that one program can have, on NVIDIA's GPUs of the last ten years."""
 MIN_DOT = 16
 
 Key = tuple[int, ...]
@@ -267,9 +265,9 @@ class _Printer:
         if len(keys) > MAX_ACCUMULATORS:
             raise ScheduleError(f"{len(keys)} accumulators are more than {MAX_ACCUMULATORS}; unroll less.")
         registers = len(keys) * math.prod(self.sides) * (2 if self.compute == "float64" else 1)
-        if registers > MAX_REGISTERS:
+        if registers > REGISTERS:
             raise ScheduleError(
-                f"accumulators in {registers} registers, where a program has {MAX_REGISTERS}; "
+                f"accumulators in {registers} registers, where a program has {REGISTERS}; "
                 "use fewer lanes or unroll less."
             )
         shape = f"({', '.join(map(str, self.sides))}{',' if len(self.sides) == 1 else ''})"

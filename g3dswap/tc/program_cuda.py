@@ -15,8 +15,8 @@ from .words import ITEM_BYTES, WARP
 
 ROWS, COLS = 16, 8
 """Of one product of the matrix unit."""
-MOST_SHARED = 227 * 1024
-"""Bytes of shared memory that a program can have, on an H100."""
+SHARED, MOST_SHARED = 228 * 1024, 227 * 1024
+"""Bytes of shared memory of a multiprocessor, and of a program at most, on an H100."""
 MOST_ACCUMULATORS = 216
 """Registers of a thread that sums may take."""
 MOST_PRODUCTS = 4096

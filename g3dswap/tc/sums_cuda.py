@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import ScheduleError
-from .program_cuda import COLS, MOST_SHARED, ROWS, Program
+from .program_cuda import COLS, MOST_SHARED, ROWS, SHARED, Program
+from .words import MOST_REGISTERS, REGISTERS
 
-REGISTERS, MOST_REGISTERS, BESIDE = 64 * 1024, 255, 64
-"""Registers of a multiprocessor, of a thread at most, and of a thread beside its sums, about."""
-SHARED, RESERVED = 228 * 1024, 1024
-"""Bytes of shared memory of a multiprocessor, and what each program takes beside its own."""
+BESIDE = 64
+"""Registers of a thread beside its sums, about."""
+RESERVED = 1024
+"""Bytes of shared memory that each program takes beside its own."""
 BANKS, APART = 32, 4
 """Banks of shared memory, and how many of them neighbouring columns or sums are apart."""
 SIDES = "rows", "cols"
@@ -199,7 +200,7 @@ class DepthSums:
             name for index in nest.output.indices for name in index.axes if index.axes & {*nest.replicas}
         }
         if (fused or loop.axis in skewed) and covered > nest.lengths[side]:
-            raise ScheduleError(f"{loop.axis} is split over programs, but replicas are added up in one.")
+            raise ScheduleError(f"{loop.axis} is split over programs, but its sums are added up in one.")
         for name, extent in axes:
             weight = fused.weight(name) if fused else 1
             yield name, _Part(extent, **{side: weight})

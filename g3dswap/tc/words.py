@@ -19,6 +19,8 @@ WORD_BYTES = 8
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 WARP = 32
 """Threads of a GPU that run together."""
+REGISTERS, MOST_REGISTERS = 1 << 16, 255
+"""Registers of 32 bits of a multiprocessor and of a thread, on NVIDIA's GPUs of the last ten years."""
 
 
 @dataclass(frozen=True)
