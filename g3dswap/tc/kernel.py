@@ -17,7 +17,7 @@ from .schedule import Schedule, apply
 from .source import source
 
 GENERATORS = {"cpp": "2", "triton": "3"}
-"""Raised when the same schedule begins to print another kernel; part of every cache key."""
+"""Raised when a schedule begins to print a kernel that may take longer than it did; part of every cache key."""
 
 _RUNTIMES: dict[str, Any] = {"cpp": runtime_cpp, "triton": runtime_triton}
 TARGETS = tuple(_RUNTIMES)
