@@ -17,7 +17,7 @@ from .schedule import Schedule, apply
 from .source import source
 
 GENERATORS = {"cpp": "2", "triton": "3"}
-"""Raised when schedules begin to print kernels that may take longer than they did; part of every cache key."""
+"""Raised when schedules begin to print kernels that may be slower than before; part of every cache key."""
 
 _RUNTIMES: dict[str, Any] = {"cpp": runtime_cpp, "triton": runtime_triton}
 TARGETS = tuple(_RUNTIMES)

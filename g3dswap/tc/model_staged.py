@@ -166,12 +166,7 @@ def _bytes(nest: Nest, batch: int) -> float:
 
 def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     image, other = image_and_other(nest)
-    tile, lengths = tile_of(nest), nest.lengths
-    rows, cols, deep = (
-        -(-lengths["rows"] // ROWS),
-        lengths["cols"] // COLS,
-        -(-lengths["depth"] // deep_of(nest)),
-    )
+    tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
     level = next(stage.level for stage in nest.stages if stage.tensor == image.tensor)
     part, groups = _part(nest, image, level), _groups(nest)
     busy, alike = _shared_out(rows, warps, groups)
@@ -203,12 +198,7 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
 
 def _depth(nest: Nest, warps: int, runs: int, buffers: int, teams: int) -> _Work:
     factors = image_and_other(nest)
-    tile, lengths = tile_of(nest), nest.lengths
-    rows, cols, deep = (
-        -(-lengths["rows"] // ROWS),
-        lengths["cols"] // COLS,
-        -(-lengths["depth"] // deep_of(nest)),
-    )
+    tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
     parts, groups = [_part(nest, factor, nest.tile_start) for factor in factors], _groups(nest)
     members, busy_teams = warps // teams, min(teams, runs)
     busy, alike = _shared_out(deep, members, groups)
@@ -235,6 +225,12 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int, teams: int) -> _Work
         copied=copied,
         shares_depth=groups == 1 and not any(part.turned for part in parts),
     )
+
+
+def _fragments(nest: Nest) -> tuple[int, int, int]:
+    """How many rows, columns and steps of the depth of fragments a product has."""
+    lengths = nest.lengths
+    return -(-lengths["rows"] // ROWS), lengths["cols"] // COLS, -(-lengths["depth"] // deep_of(nest))
 
 
 def _pieces(nest: Nest, level: int) -> int:

@@ -14,7 +14,7 @@ The whole grammar::
     index   ::= (sum coefficient * axis + offset) / divisor
                 an inexact division or an index outside its tensor makes the whole term zero
                 (of the output: not written); the output's indices tell all parallel axes
-    replica ::= parallel axis, a first dimension of the output along which partial results are summed later
+    replica ::= parallel axis, a first dimension of the output along which results are summed in the end
     loop    ::= axis-digit = step * [0, count)  bind      grid | serial | unroll | warps | lanes
                                                           | rows | cols | depth
     stage   ::= tensor inside loops[:level]               copy the footprint of the inner loops to a buffer
