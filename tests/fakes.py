@@ -39,6 +39,7 @@ class FakeChooser:
         self.asked: list[tuple[Problem, int, str]] = []
         self.made: dict[str, Any] = {}
         self.expected = 0
+        self.prepared: list[tuple[Problem, int, str]] = []
 
     def __call__(self, cache: Any, tune: str, min_speedup: float, progress: bool) -> FakeChooser:
         """The constructor of the real one."""
@@ -55,6 +56,7 @@ class FakeChooser:
 
     def prepare(self, wanted: Iterable[tuple[Problem, int, str]]) -> None:
         """There is nothing to build."""
+        self.prepared = list(wanted)
 
     def share(self, wanted: Iterable[tuple[Problem, int, str]]) -> None:
         """There are no other ranks."""

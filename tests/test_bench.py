@@ -449,6 +449,7 @@ def test_what_is_chosen_is_measured(folder: Path, fake: FakeChooser) -> None:
     )
     assert torch.get_num_threads() == before
     assert fake.expected == 2 * 2 * 2
+    assert fake.prepared == fake.asked  # what is tuned already is compiled side by side, before
     assert {(problem.direction, batch) for problem, batch, _ in fake.asked} == {
         ("forward", 2),
         ("grad_weight", 2),

@@ -92,6 +92,12 @@ def bench(settings: Settings, output: Path, csv: Path | None = None, resume: boo
         ]
         chooser = Chooser(open_cache(settings.cache), settings.tune, progress=settings.progress)
         chooser.expect(len(todo) * len(settings.layouts))
+        # While one is measured nothing compiles, so what is tuned already is compiled before, side by side.
+        chooser.prepare(
+            (settings.problem(layer, direction, layout), settings.batch or layer.batch, layer.layer)
+            for layer, direction in todo
+            for layout in settings.layouts
+        )
         _save(results, output, csv)
         said: set[str] = set()
         with tqdm(total=len(todo), unit="pass", disable=not settings.progress, dynamic_ncols=True) as bar:

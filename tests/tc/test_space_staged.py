@@ -121,8 +121,8 @@ def measured(layer: dict[str, Any]) -> list[tuple[float, float]]:
     found = []
     for text, microseconds in layer["kernels"]:
         schedule = Schedule.from_json(text)
-        hints = (schedule.hint(*hint) for hint in (("warps", 4), ("stages", 1), ("teams", 1)))
-        seconds = model_staged.cost(apply(nest, schedule), *hints, batch=layer["batch"])
+        warps, buffers, teams = (schedule.hint(*it) for it in (("warps", 4), ("stages", 1), ("teams", 1)))
+        seconds = model_staged.cost(apply(nest, schedule), warps, buffers, teams, layer["batch"])
         found.append((seconds, microseconds))
     return found
 
