@@ -116,7 +116,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @given(cases())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_random_geometries(case: Case) -> None:
     found = products(nest_of(case.problem))
     random.Random(case.seed).shuffle(found)
@@ -263,7 +263,7 @@ def test_functions_of_the_result(activation: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
-@pytest.mark.parametrize("name", ["four channels a group", "sixteen channels a group", "strided", "dilated"])
+@pytest.mark.parametrize("name", ["four channels a group", "strided"])
 @pytest.mark.parametrize("direction", PASSES)
 def test_floats_are_rounded_to_tf32(direction: str, name: str, layout: str) -> None:
     half = problem_of(direction, GEOMETRIES[name], layout, bias=True)

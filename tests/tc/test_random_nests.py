@@ -31,7 +31,7 @@ def test_interpreted_nests_scheduled_and_not_agree_with_float64(case: Case) -> N
         )
 
 
-@settings(max_examples=examples(90))
+@settings(max_examples=examples(66))
 @given(cases())
 def test_compiled_cpp_with_random_schedules_agrees_with_float64(case: Case) -> None:
     nest = make_nest(case.problem)
@@ -41,7 +41,7 @@ def test_compiled_cpp_with_random_schedules_agrees_with_float64(case: Case) -> N
     assert error(out, expected(case, tensors)) <= TOLERANCE[case.problem.dtype]
 
 
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(28))
 @given(cases())
 def test_the_default_schedule_agrees_with_float64(case: Case) -> None:
     nest = make_nest(case.problem)
@@ -50,7 +50,7 @@ def test_the_default_schedule_agrees_with_float64(case: Case) -> None:
     assert error(out, expected(case, tensors)) <= TOLERANCE[case.problem.dtype]
 
 
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(28))
 @given(cases(dtypes=(torch.float32,)))
 def test_mutations_and_crossings_are_legal_and_schedules_survive_json(case: Case) -> None:
     space = Space(make_nest(case.problem), "cpp")
