@@ -94,9 +94,7 @@ def bench(settings: Settings, output: Path, csv: Path | None = None, resume: boo
         chooser.expect(len(todo) * len(settings.layouts))
         # While one is measured nothing compiles, so what is tuned already is compiled before, side by side.
         chooser.prepare(
-            (settings.problem(layer, direction, layout), settings.batch or layer.batch, layer.layer)
-            for layer, direction in todo
-            for layout in settings.layouts
+            (problem, batch, layer) for it in todo for _, layer, batch, problem in _keys(settings, *it)
         )
         _save(results, output, csv)
         said: set[str] = set()

@@ -220,7 +220,8 @@ class TapFragments:
             program.emit(f"at[j] = {program.form(self.address - self.moved)};")
 
     def _place_in_depth(self, part: str) -> None:
-        place = f"{part} / {self.cols} * {self.program.deep} + lane % 4 * 2 + j % 2 + j / 2 * {EIGHT}"
+        deep, chunk = self.program.deep, self.program.chunk
+        place = f"{part} / {self.cols} * {deep} + lane % 4 * 2 + j % 2 + j / 2 * {chunk}"
         self.program.emit(f"const int depth = {place};")
 
     def _collect(self, part: str) -> None:

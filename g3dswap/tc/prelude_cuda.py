@@ -48,6 +48,12 @@ static __device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at));
 }
+static __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm("mma.sync.aligned.@PRODUCT@ "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 """
 
 HALVES = r"""
@@ -120,12 +126,6 @@ static __device__ __forceinline__ void transposed(u32 (&to)[2], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(to[0]), "=r"(to[1]) : "r"(at));
 }
-static __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.@TYPE@.@TYPE@.f32 "
-               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 """
 
 SINGLES = r"""
@@ -142,12 +142,6 @@ static __device__ __forceinline__ void matrices(u32 (&to)[4], u32 at) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) to[i] = rounded(to[i]);
 }
-static __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 """
 
 _TYPES = {
@@ -159,6 +153,7 @@ _TYPES = {
 def prelude_cuda(dtype: str) -> str:
     """The prelude for factors of a half type, or of float32 that are rounded to TF32."""
     if dtype == "float32":
-        return PRELUDE + SINGLES
+        return PRELUDE.replace("@PRODUCT@", "m16n8k8.row.col.f32.tf32.tf32.f32") + SINGLES
     name, widen = _TYPES[dtype]
-    return PRELUDE + HALVES.replace("@TYPE@", name).replace("@WIDEN@", widen)
+    product = f"m16n8k16.row.col.f32.{name}.{name}.f32"
+    return PRELUDE.replace("@PRODUCT@", product) + HALVES.replace("@TYPE@", name).replace("@WIDEN@", widen)

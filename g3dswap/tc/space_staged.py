@@ -20,12 +20,12 @@ from functools import partial
 from ..errors import ScheduleError
 from .box import WIDEST
 from .nest import Access, Nest
-from .print_cuda import print_cuda
 from .product import Packs, Product, Side, Skews, of_tiles, splits
 from .program_cuda import COLS, MOST_ACCUMULATORS, ROWS, deep_of
 from .roles import Roles, added, batches, image_and_other, possible, roles_of, sides
 from .schedule import apply, rewritten
 from .skew import Skew, patch_name, shifted_by
+from .source import source
 from .space_cpp import phases
 from .space_triton import Tile, of_reductions
 from .words import ITEM_BYTES
@@ -102,7 +102,7 @@ def _prints(nest: Nest, form: Form) -> bool:
     )[:TRIED]:
         schedule = product.schedule(nest)
         try:
-            print_cuda(apply(nest, schedule), product.warps, product.stages)
+            source(apply(nest, schedule), schedule, "triton")
         except ScheduleError:
             continue
         return True

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import ScheduleError
+from .fragments_cuda import BANKS
 from .program_cuda import COLS, MOST_SHARED, ROWS, SHARED, Program
 from .words import MOST_REGISTERS, REGISTERS
 
@@ -19,30 +20,21 @@ BESIDE = 64
 """Registers of a thread beside its sums, about."""
 RESERVED = 1024
 """Bytes of shared memory that each program takes beside its own."""
-BANKS, APART = 32, 4
-"""Banks of shared memory, and how many of them neighbouring columns or sums are apart."""
+BETWEEN = 4
+"""How many banks of shared memory neighbouring columns or sums are apart."""
 SIDES = "rows", "cols"
 
 
 @dataclass(frozen=True)
 class _Digit:
-    """A loop over results, or over what is added up for one; near: how far apart its steps lie in memory.
+    """A loop over results or over what is added up for one, or an axis that a side runs along.
 
-    rows, cols: how far each step is from the last in the product.
+    near: how far apart its steps lie in the result.  rows, cols: how far in the product.
     """
 
     name: str
     count: int
     near: int = 0
-    rows: int = 0
-    cols: int = 0
-
-
-@dataclass(frozen=True)
-class _Part:
-    """An axis that a side of the product runs along: how many steps, and how far apart they are there."""
-
-    count: int
     rows: int = 0
     cols: int = 0
 
@@ -56,7 +48,7 @@ class DepthSums:
         registers = min(MOST_REGISTERS, BESIDE + sums * rows * cols * 4)
         programs = max(1, REGISTERS // (registers * program.threads))
         room = max(program.shared, min(MOST_SHARED, SHARED // programs - RESERVED))
-        self._lie_apart(APART)
+        self._lie_apart(BETWEEN)
         if program.apart and program.warps * self.size * 4 > MOST_SHARED:
             self._lie_apart(0)
         slots = program.warps if program.apart else min(program.warps, room // (self.size * 4))
@@ -105,10 +97,10 @@ class DepthSums:
         total = math.prod(digit.count for digit in results)
         with program.block(f"for (int e = thread; e < {total}; e += {program.threads})"):
             self._decode(results)
-            moves = {side: [(d, getattr(d, side)) for d in results if getattr(d, side)] for side in SIDES}
-            for side, own in moves.items():
-                found = "".join(f" + {digit.name} * {step}" for digit, step in own)
-                program.emit(f"const int {side} = {begin[side]}{found};")
+            for side in SIDES:
+                steps = ((digit.name, getattr(digit, side)) for digit in results)
+                moved = "".join(f" + {name} * {step}" for name, step in steps if step)
+                program.emit(f"const int {side} = {begin[side]}{moved};")
             self._find(added)
             there = program.where(spot, None, program.shift())
             program.emit_if(program.test(spot), f"narrow({there}, {program.finished('found', {})});")
@@ -153,16 +145,13 @@ class DepthSums:
         Of a skewed axis, a tap's result is at the element `tap * divisor - step * replica - offset` of the
         patch, for each replica: that is where the index of the result is the tap (`skew`).
         """
-        nest, program = self.nest, self.program
-        parts = {name: part for side in SIDES for name, part in self._parts(side)}
+        nest, result = self.nest, self.program.result
+        parts = {part.name: part for side in SIDES for part in self._parts(side)}
         begin = dict.fromkeys(SIDES, 0)
         found, added = [], []
         first = len(nest.replicas)
-        dims = zip(nest.output.indices[first:], program.result.shape[first:], program.result.strides[first:])
-        near = dict.fromkeys(parts, 0)
+        dims = zip(nest.output.indices[first:], result.shape[first:], result.strides[first:])
         for index, extent, stride in dims:
-            for name, coefficient in index.terms:
-                near[name] = near.get(name, 0) + stride * coefficient
             replica = next((name for name, _ in index.terms if name in nest.replicas), None)
             if replica is None:
                 continue
@@ -178,18 +167,16 @@ class DepthSums:
         for tie in nest.output.ties:
             if parts.keys() >= {*tie}:
                 a, b = (parts.pop(name) for name in tie)
-                step = near[tie[0]] + near[tie[1]]
-                found.append(_Digit(tie[0], a.count, step, a.rows + b.rows, a.cols + b.cols))
-        found += [_Digit(name, part.count, near[name], part.rows, part.cols) for name, part in parts.items()]
-        return found, added, begin
+                found.append(_Digit(a.name, a.count, a.near + b.near, a.rows + b.rows, a.cols + b.cols))
+        return [*found, *parts.values()], added, begin
 
-    def _taken(self, parts: dict[str, _Part], name: str) -> _Part:
+    def _taken(self, parts: dict[str, _Digit], name: str) -> _Digit:
         """Take an axis from the parts of the sides. ScheduleError: it is not on a side."""
         if name not in parts and self.nest.extent(name) != 1:
             raise ScheduleError(f"{name} is split over programs, but replicas are added up in one.")
-        return parts.pop(name, _Part(1))
+        return parts.pop(name, _Digit(name, 1))
 
-    def _parts(self, side: str) -> Iterator[tuple[str, _Part]]:
+    def _parts(self, side: str) -> Iterator[_Digit]:
         """The axes that a side runs along, each whole if they are several or one is skewed."""
         nest, variable = self.nest, self.program.sides[side]
         loop = nest.loops[int(variable[1:])]
@@ -203,4 +190,10 @@ class DepthSums:
             raise ScheduleError(f"{loop.axis} is split over programs, but its sums are added up in one.")
         for name, extent in axes:
             weight = fused.weight(name) if fused else 1
-            yield name, _Part(extent, **{side: weight})
+            yield _Digit(name, extent, self._near(name), **{side: weight})
+
+    def _near(self, axis: str) -> int:
+        """How far apart in memory the results of two steps of an axis lie."""
+        first, result = len(self.nest.replicas), self.program.result
+        dims = zip(self.nest.output.indices[first:], result.strides[first:])
+        return sum(stride * index.coefficient(axis) for index, stride in dims)
