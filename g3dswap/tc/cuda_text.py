@@ -21,6 +21,7 @@ class CudaText:
     """Lines of a function, and expressions of one nest in them.
 
     Variables of the grid and of loops go by their axis and place, those of a product's sides by the side.
+    outside: how many loops are outside of what is staged and multiplied at a time.
     """
 
     def __init__(self, nest: Nest) -> None:
@@ -38,6 +39,7 @@ class CudaText:
         }
         self.sides = {p.bind: f"v{i}" for i, p in enumerate(nest.loops) if p.bind in SIDE_BINDS}
         self.grid = [i for i, p in enumerate(nest.loops) if p.bind == "grid"]
+        self.outside = len(self.grid)
 
     def emit(self, *lines: str) -> None:
         self.lines += [INDENT * self._indent + line for line in lines]
@@ -113,8 +115,8 @@ class CudaText:
     # Addresses in memory
 
     def where(self, spot: Spot, names: Names | None = None, shift: str = "") -> str:
-        """The pointer to a spot; what belongs to the grid counts in 64 bits."""
-        outer = self.is_outer(len(self.grid))
+        """The pointer to a spot; what belongs to the loops outside counts in 64 bits."""
+        outer = self.is_outer(self.outside)
         far = Linear(0, tuple(term for term in spot.address.terms if outer(term[0])))
         near = spot.address - far
         return f"{spot.tensor}{shift} + ({self.form(far, names, '(i64)')}) + ({self.form(near, names)})"

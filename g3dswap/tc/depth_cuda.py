@@ -29,6 +29,8 @@ class DepthProgram(Program):
 
     def __init__(self, nest: Nest, warps: int, buffers: int, teams: int) -> None:
         super().__init__(nest, warps)
+        if self.walks:
+            raise ScheduleError("a program that sums positions has the same results throughout.")
         if warps % teams or (self.apart and teams > 1):
             raise ScheduleError(f"{teams} teams of {warps} warps; teams are equal, and share their groups.")
         self.buffers, self.teams = buffers, teams

@@ -100,8 +100,8 @@ class RowFragments:
                 return
         raise ScheduleError(f"fragments of {program.image} are not consecutive in shared memory.")
 
-    def begin(self, start: int) -> None:
-        """Say where the fragments of a tile of rows begin."""
+    def begin(self, start: str) -> None:
+        """Say where the fragments of a tile of rows begin; `start` is where the box does."""
         program, rows = self.program, self.program.sides["rows"]
         length = program.nest.lengths["rows"]
 
@@ -155,6 +155,9 @@ class TapFragments:
         assert values is not None
         self.address = raw.address(values)
         self.ties = spotter.ties(program.other, {})
+        walks = [f"v{i}" for i in program.walks]
+        if any(program.part(form, *walks).terms for form in (self.address, *self.ties)):
+            raise ScheduleError(f"{program.other} is another at each step of a walk; walk along positions.")
         inside = [
             i
             for i in (*program.serial, *program.unrolled)

@@ -20,7 +20,7 @@ from .fragments_cuda import KEPT
 from .model_product import CYCLES
 from .model_triton import MOST_WARPS, PROCESSORS
 from .nest import Access, Index, Nest
-from .program_cuda import COLS, MOST_SHARED, ROWS, SHARED, deep_of
+from .program_cuda import BUFFERS, COLS, MOST_SHARED, ROWS, SHARED, deep_of
 from .roles import Roles, image_and_other, roles_of
 from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, WARP
 
@@ -169,6 +169,8 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
     level = next(stage.level for stage in nest.stages if stage.tensor == image.tensor)
     part, groups = _part(nest, image, level), _groups(nest)
+    steps = math.prod(p.count or 1 for p in nest.loops[:level] if p.bind == "serial")
+    buffers = min(BUFFERS, steps)
     busy, alike = _shared_out(rows, warps, groups)
     outside = (p.count or 1 for p in nest.loops[level : nest.tile_start] if p.axis in other.axes)
     taps = footprint(nest, other, tile).elements * math.prod(outside)
@@ -178,21 +180,21 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     sums = accumulators_of(nest, tile) * cols
     loads = groups * runs * footprint(nest, image, tile).elements * deep * rows
     products = groups * runs * tile.terms * rows * cols * deep
-    stored = groups * sums * rows * STORE
-    slots = part.copies * COPY + laid / WARP * LAID + products * PRODUCT + loads + stored
+    stored = groups * sums * rows * STORE * steps
+    slots = part.copies * steps * COPY + laid / WARP * LAID + products * PRODUCT + loads + stored
     beside = laid if groups == 1 else sums * ROWS * COLS * groups  # or the results that are written together
     return _Work(
-        shared=(part.elements * PADDED + beside) * part.size,
+        shared=(part.elements * PADDED * buffers + beside) * part.size,
         registers=OWN + sums * 4 + (taps * deep * cols * 2 if kept else 4),
         busy=busy,
         slots=slots + (warps * taps * deep * cols if kept and groups == 1 else 0),
         products=products,
-        trips=loads * 4 + (0 if kept else products * 2) + laid / WARP * SCATTER + part.bytes / LINE,
+        trips=loads * 4 + (0 if kept else products * 2) + laid / WARP * SCATTER + part.bytes * steps / LINE,
         chain=products / sums / groups / alike,
-        arrivals=1,
-        waits=part.waits(warps * WARP),
-        copied=part.bytes,
-        pieces=_pieces(nest, level),
+        arrivals=_arrivals(steps, part.is_async),
+        waits=steps * part.waits(warps * WARP),
+        copied=steps * part.bytes,
+        pieces=steps * _pieces(nest, level),
     )
 
 
@@ -220,11 +222,16 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int, teams: int) -> _Work
         products=products,
         trips=loads * 4 + groups * runs * others * cols * deep * 2 + copied / LINE,
         chain=products / sums / groups / alike / busy_teams,
-        arrivals=1 + AWAITED * (rounds - 1) if ahead else rounds,
+        arrivals=_arrivals(rounds, ahead),
         waits=rounds * sum(part.waits(members * WARP) for part in parts),
         copied=copied,
         shares_depth=groups == 1 and not any(part.turned for part in parts),
     )
+
+
+def _arrivals(rounds: int, ahead: bool) -> float:
+    """How often a program waits for copies, those in part that are under way while it multiplies."""
+    return 1 + AWAITED * (rounds - 1) if ahead else rounds
 
 
 def _fragments(nest: Nest) -> tuple[int, int, int]:

@@ -23,7 +23,8 @@ class Product:
     """rows, cols, depth: the axes that each runs along, flattened, and how many steps of them.
     pack:  blocks of a batch axis.  skew: blocks of positions.
     tile:  unroll counts; of an axis of a side, the block of each row.
-    split: reductions whose outer digit is on the grid, and how many steps of them a program makes.
+    split: axes whose outer digit is on the grid, and how many steps of them a program makes: of a reduction
+           all if it is not named, of another axis one, or those of a walk.
     stages, ahead: how far ahead Triton begins the loads of a loop, and the printer those of a product.
     across: whether neighbouring lanes load the words of neighbouring blocks, or those of one block.
     staged: whether what is read at shifted positions is copied to shared memory first.
@@ -66,6 +67,9 @@ class Product:
         if self.apart:  # or what programs take of the same lines of memory comes at different times
             grid = nearest_last(whole, grid)
         digits = [Digit(n, None, "grid") for n in grid]
+        digits += [
+            Digit(n, split[n], "serial") for n in grid if not reduces(whole, n) and split.get(n, 1) > 1
+        ]
         digits += [Digit(n, split.get(n), "serial") for n in reductions if split.get(n) != 1]
         digits += [Digit(a, c, "warps") for a, c in self.apart]
         digits += [Digit(a, c, "unroll") for a, c in self.tile if a not in own]
@@ -87,12 +91,13 @@ class Product:
         )
 
     def _stages(self, nest: Nest, digits: Sequence[Digit]) -> tuple[tuple[str, int], ...]:
-        """The image, outside of all loops where its positions are rows; else both factors, inside of them."""
+        """The image, outside of what is summed, where its positions are rows; else both factors, inside."""
         image, other = image_and_other(nest)
-        grids, loops = (sum(d.bind in binds for d in digits) for binds in (("grid",), ("grid", "serial")))
+        outside = [d for d in digits if d.bind in ("grid", "serial")]
         if roles_of(nest).along:
-            return ((image.tensor, grids),)
-        return (image.tensor, loops), (other.tensor, loops)
+            results = sum(d.bind == "grid" or not reduces(nest, d.axis) for d in outside)
+            return ((image.tensor, results),)
+        return (image.tensor, len(outside)), (other.tensor, len(outside))
 
     @property
     def words(self) -> dict[str, int]:

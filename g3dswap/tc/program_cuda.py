@@ -21,6 +21,8 @@ MOST_ACCUMULATORS = 216
 """Registers of a thread that sums may take."""
 MOST_PRODUCTS = 4096
 """Products of the unrolled code of a warp."""
+BUFFERS = 2
+"""Parts of the image that a program which walks along it has room for."""
 APART = 128
 """Bytes that what is in shared memory begins at multiples of."""
 
@@ -36,6 +38,7 @@ class Program(CudaText):
     """What both forms of a product in shared memory have in common.
 
     serial, unrolled: the loops inside, those of one step left out.
+    walks: loops around all that is summed, at each step of which the program has other results.
     parallel: the unrolled ones whose steps have sums of their own.
     apart: the variable of the loop of which each warp has a step; without one, warps share the positions.
     """
@@ -44,7 +47,9 @@ class Program(CudaText):
         super().__init__(nest)
         self.warps, self.threads = warps, warps * WARP
         self.image, self.other = image_and_other(nest)
-        self.serial = [i for i, p in enumerate(nest.loops) if p.bind == "serial" and p.count != 1]
+        loops = [i for i, p in enumerate(nest.loops) if p.bind == "serial" and p.count != 1]
+        self.serial = [i for i in loops if nest.is_reduce(nest.loops[i].axis)]
+        self.walks = [i for i in loops if i not in self.serial]
         self.unrolled = [i for i, p in enumerate(nest.loops) if p.bind == "unroll" and i >= nest.tile_start]
         self.parallel = [i for i in self.unrolled if not nest.is_reduce(nest.loops[i].axis)]
         self.apart = tuple(f"v{i}" for i, p in enumerate(nest.loops) if p.bind == "warps")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from ..errors import ScheduleError
 from .box import WIDEST, Box, box_of
 from .copies_cuda import write_copy
 from .fragments_cuda import RowFragments, TapFragments
 from .linear import Linear
+from .nest import Nest
 from .place import Env
-from .program_cuda import COLS, ROWS, Key, Program
+from .program_cuda import BUFFERS, COLS, ROWS, Key, Program
 from .words import ITEM_BYTES
 
 GAP = 2
@@ -23,30 +25,62 @@ GAP = 2
 
 
 class RowsProgram(Program):
+    """steps: those of a walk, at each of which the program has another part of the image."""
+
+    def __init__(self, nest: Nest, warps: int) -> None:
+        super().__init__(nest, warps)
+        self.outside = next(stage.level for stage in nest.stages if stage.tensor == self.image.tensor)
+        counts = [nest.loops[i].count for i in self.walks]
+        if self.walks != [*range(len(self.grid), self.outside)] or None in counts:
+            raise ScheduleError("a walk is along positions, outside of all sums, with a copy at each step.")
+        self.steps = math.prod(filter(None, counts))
+
     def write(self) -> None:
-        lengths, level = self.nest.lengths, len(self.grid)
+        lengths = self.nest.lengths
         if lengths["depth"] % self.deep:
             raise ScheduleError(f"a depth of {lengths['depth']} is no multiple of {self.deep}.")
         points, sums, depth = self.terms(), self.sums(), self.sides["depth"]
-        box = box_of(self, self.image, points, level, lambda symbol: depth in self.variables(symbol))
+        box = box_of(self, self.image, points, self.outside, lambda symbol: depth in self.variables(symbol))
         image = RowFragments(self, box, points)
-        start = self.take(image.box.size * self.item)
-        raw = box_of(self, self.other, [{}], level, lambda symbol: True)
+        raw = box_of(self, self.other, [{}], len(self.grid), lambda symbol: True)
         taps = TapFragments(self, raw, self.take(raw.size * self.item))
+        start = self.take(image.box.size * self.item)
+        size = self.shared - start
+        self.take(size * (min(BUFFERS, self.steps) - 1))
         self.check_size(len(sums) * taps.cols * 4, len(points) * taps.deep * taps.cols)
         self.copy(raw, f"memory + {taps.begin}")
-        self.copy(image.box, f"memory + {start}")
+        if self.steps == 1:
+            self.copy(image.box, f"memory + {start}")
+        else:
+            with self.block("auto fetch = [&](int step)", "};"):
+                self.decode(self.walks, "step")
+                self.copy(image.box, f"memory + {start} + step % {BUFFERS} * {size}")
+            self.emit("fetch(0);")
         if taps.laid:
             taps.lay_out()
         self.emit("arrived<0>();")
         if taps.kept:
             taps.keep()
-        with self.block(self.shares("tile", -(-lengths["rows"] // ROWS))):
-            image.begin(start)
+        with self.walk(start, size) as begin, self.block(self.shares("tile", -(-lengths["rows"] // ROWS))):
+            image.begin(begin)
             self.emit(f"float sum[{len(sums)}][{taps.cols}][4] = {{}};")
             self.emit("u32 a[4];" if taps.kept else "u32 a[4], b[2];")
             self.multiply(image, taps, sums, points, self.serial)
             self.store(sums, taps.cols)
+
+    @contextmanager
+    def walk(self, start: int, size: int) -> Iterator[str]:
+        """A loop over the steps of a walk, the next part of the image on its way; where that begins."""
+        if self.steps == 1:
+            yield str(start)
+            return
+        self.emit("#pragma unroll 1")
+        with self.block(f"for (int step = 0; step < {self.steps}; ++step)"):
+            self.emit(f"if (step + 1 < {self.steps}) fetch(step + 1);")
+            self.emit(f"step + 1 < {self.steps} ? arrived<1>() : arrived<0>();")
+            self.decode(self.walks, "step")
+            yield f"{start} + step % {BUFFERS} * {size}"
+            self.emit("__syncthreads();")
 
     def copy(self, box: Box, to: str) -> None:
         """Copy a box to shared memory, as a group of copies of its own."""

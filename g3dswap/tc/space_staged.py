@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -23,11 +23,11 @@ from .nest import Access, Nest
 from .product import Packs, Product, Side, Skews, of_tiles, splits
 from .program_cuda import COLS, MOST_ACCUMULATORS, ROWS, deep_of
 from .roles import Roles, added, batches, image_and_other, possible, roles_of, sides
-from .schedule import apply, rewritten
+from .schedule import apply, fused_name, rewritten
 from .skew import Skew, patch_name, shifted_by
 from .source import source
 from .space_cpp import phases
-from .space_triton import Tile, of_reductions
+from .space_triton import Split, Tile, of_reductions
 from .words import ITEM_BYTES
 
 FORMS = 6
@@ -46,13 +46,16 @@ PLACES = 24, 784
 APART = 1.6
 """How many times as many positions the next choice has, where not all are compared."""
 WINDOWS = (1, 2, 4, 8)
+WALKS = (2, 3, 4, 6, 8)
+"""Steps of a walk: parts of the image that a program copies, each while it multiplies the one before."""
 MOST_WARPS, FEW_WARPS = 8, (8, 4, 2)
 """Warps that share positions: at most, and at most where not all numbers of them are compared."""
 TEAMS = (2, 4, 8)
 """Teams of warps, where there is a loop whose steps they can have."""
 GROUPS = (2, 4, 8, 16)
 WASTED = 1.2
-"""Groups of a program, one for each warp, and how many times as many as there are they may be."""
+"""Groups of a program, one for each warp, and how many times as many as there are they may be; and steps of
+walks."""
 PROGRAMS = 150, 400, 1200, 1
 """How many programs a split reduction is to give, at least: each writes all of its sums. The first stands for
 all where tiles are compared."""
@@ -197,7 +200,11 @@ def _products(nest: Nest, roles: Roles, form: Form, thorough: bool) -> Iterator[
             if not _is_small(nest, tile, rows, share, depth, roles.along):
                 continue
             three = rows, share, depth
-            for split in splits(nest, three, (*tile, *apart), PROGRAMS) if not roles.along else [()]:
+            if roles.along:
+                found = _walks(nest, place, outside, dict(window), thorough)
+            else:
+                found = splits(nest, three, (*tile, *apart), PROGRAMS)
+            for split in found:
                 made = Product(*three, *form, tile, split, 1, 1, 0, staged=True, apart=apart)
                 looped = not roles.along and made.loops(nest)
                 buffers = (1, 2) if looped else (1,)
@@ -265,6 +272,23 @@ def _windows(nest: Nest, axis: str | None) -> list[Tile]:
         return [()]
     steps = -(-(nest.extent(axis) or 1) // phases(nest).get(axis, 1))
     return [((axis, count),) if count > 1 else () for count in WINDOWS if count < 2 * steps]
+
+
+def _walks(
+    nest: Nest, place: Side, outside: str | None, window: Mapping[str, int], thorough: bool
+) -> list[Split]:
+    """No walk, and walks along the positions outside of a program's, of steps that leave little over."""
+    found: list[Split] = [()]
+    phase = phases(nest)
+    axes, count = place
+    sides = [(fused_name(axes), axes, count)]
+    if outside is not None:
+        sides.insert(0, (outside, (outside,), window.get(outside, 1)))
+    for name, own, width in sides:
+        steps = -(-math.prod(-(-(nest.extent(a) or 1) // phase.get(a, 1)) for a in own) // width)
+        fitting = [n for n in WALKS if n <= steps and -(-steps // n) * n <= WASTED * steps]
+        found += [((name, n),) for n in (fitting if thorough else fitting[-1:])]
+    return found
 
 
 def _groups(nest: Nest, form: Form) -> list[Tile]:

@@ -148,6 +148,53 @@ def test_the_next_part_is_on_its_way_while_one_is_multiplied() -> None:
     assert "fetch(round + 1)" in kernel.source and "round % 2" in kernel.source
 
 
+WALKED = {
+    "single": Geometry(3, 3, 3, (5, 8, 12), (3, 3, 3), padding=(1, 1, 1)),
+    "several": Geometry(16, 16, 4, (5, 8, 8), (3, 3, 3), padding=(1, 1, 1)),
+    "strided": Geometry(16, 16, 1, (9, 8, 12), (3, 3, 3), (2, 2, 2), (1, 1, 1)),
+    "many": Geometry(24, 24, 24, (5, 8, 13), (3, 3, 3), padding=(1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("axis", ["t", "h"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("single", "contiguous"),
+        ("several", "contiguous"),
+        ("strided", "contiguous"),
+        ("several", "channels_last_3d"),
+        ("many", "channels_last_3d"),
+    ],
+)
+@pytest.mark.parametrize("direction", ["forward", "grad_input"])
+def test_on_a_walk_the_next_part_is_on_its_way(direction: str, name: str, layout: str, axis: str) -> None:
+    problem = problem_of(direction, WALKED[name], layout, bias=True)
+    found = [p for p in products(nest_of(problem)) if any(walked[0] == axis for walked, _ in p.split)]
+    random.Random(name + direction).shuffle(found)
+    kernel = checked(Case(problem, 2, 8), found, most=40)
+    assert kernel is not None and "fetch(step + 1)" in kernel.source and "step % 2" in kernel.source
+
+
+def test_walks_that_are_none_are_refused() -> None:
+    nest = nest_of(problem_of("forward", WALKED["single"]))
+    product = next(p for p in products(nest) if p.split == (("t", 2),))
+    groups = replace(product, split=(("g", 3),)).schedule(nest)
+    with pytest.raises(ScheduleError, match="another at each step of a walk"):
+        emulated(nest, groups)
+    schedule = product.schedule(nest)
+    with pytest.raises(ScheduleError, match="a walk is along positions, outside of all sums"):
+        emulated(nest, replace(schedule, stage=(("I", schedule.stage[0][1] - 1),)))
+    place = next(i for i, digit in enumerate(schedule.digits) if digit.bind == "serial")
+    batch, *others = schedule.digits
+    others.insert(place, replace(batch, bind="serial"))
+    with pytest.raises(ScheduleError, match="a walk is along positions, outside of all sums"):
+        emulated(nest, replace(schedule, digits=tuple(others), stage=(("I", place + 1),)))
+    weights = nest_of(problem_of("grad_weight", WALKED["single"]))
+    with pytest.raises(ScheduleError, match="has the same results throughout"):
+        emulated(weights, replace(products(weights)[0], split=(("g", 3),)).schedule(weights))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
 @pytest.mark.parametrize("name", ["sixteen channels a group", "strided", "32 channels a group"])
 def test_teams_of_warps_have_parts_of_their_own(name: str, layout: str) -> None:
