@@ -325,7 +325,7 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
         "### Conversion",
     ]
     committed = NetworkResults.load(COMMITTED)
-    assert len(committed.rows) == 6
+    assert len(committed.rows) == 5
     assert "| MedNeXt-B k5 (2x1x128x128x128) | float32 |" in section(committed)
 
 
