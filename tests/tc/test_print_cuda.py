@@ -156,21 +156,20 @@ WALKED = {
 }
 
 
-@pytest.mark.parametrize("axis", ["t", "h"])
 @pytest.mark.parametrize(
-    ("name", "layout"),
+    ("name", "layout", "axis"),
     [
-        ("single", "contiguous"),
-        ("several", "contiguous"),
-        ("strided", "contiguous"),
-        ("several", "channels_last_3d"),
-        ("many", "channels_last_3d"),
+        ("single", "contiguous", "t"),
+        ("several", "contiguous", "h"),
+        ("strided", "contiguous", "t"),
+        ("several", "channels_last_3d", "t"),
+        ("many", "channels_last_3d", "h"),
     ],
 )
 @pytest.mark.parametrize("direction", ["forward", "grad_input"])
 def test_on_a_walk_the_next_part_is_on_its_way(direction: str, name: str, layout: str, axis: str) -> None:
     problem = problem_of(direction, WALKED[name], layout, bias=True)
-    found = [p for p in products(nest_of(problem)) if any(walked[0] == axis for walked, _ in p.split)]
+    found = [p for p in products(nest_of(problem)) if any(n.startswith(axis) for n, _ in p.split)]
     random.Random(name + direction).shuffle(found)
     kernel = checked(Case(problem, 2, 8), found, most=40)
     assert kernel is not None and "fetch(step + 1)" in kernel.source and "step % 2" in kernel.source
