@@ -113,8 +113,9 @@ class Chooser:
         What fails here fails there again, and is told there.
         """
         with LOCK:
-            waiting = [problem for problem, _, _ in wanted if self._known(problem) is None]
-            found = [(problem, schedule) for problem in waiting if (schedule := self._expected(problem))]
+            waiting = [(problem, batch) for problem, batch, _ in wanted if self._known(problem) is None]
+            expected = [(problem, self._expected(problem, batch)) for problem, batch in waiting]
+            found = [(problem, schedule) for problem, schedule in expected if schedule]
             if len(found) < 2:
                 return
             # Beside the one that takes longest the others compile.
@@ -219,7 +220,7 @@ class Chooser:
         """What is stored and serves this chooser, in the order in which it is tried."""
         return self.options.usable(problem, 0 if self.interrupted else EFFORTS[self.tune])
 
-    def _expected(self, problem: Problem) -> Schedule | None:
+    def _expected(self, problem: Problem, batch: int) -> Schedule | None:
         """The schedule that is built first for a problem, if one is without a search."""
         try:
             if problem in decided.planned:
@@ -227,15 +228,15 @@ class Chooser:
             elif first := next(self._usable(problem), None):
                 data = None if self._against(first.record) else first.record.schedule
             else:
-                return next(self._guesses(problem), None)
+                return next(self._guesses(problem, batch), None)
             return None if data is None else Schedule.from_json(data)
         except (NoCompilerError, ScheduleError):
             return None
 
-    def _guesses(self, problem: Problem) -> Iterator[Schedule]:
+    def _guesses(self, problem: Problem, batch: int) -> Iterator[Schedule]:
         """The cost model's choices, only where the user wants no tuning. ScheduleError: there are none."""
         if self.tune == "none" and not self.interrupted:
-            yield from self.guesses.of(problem)
+            yield from self.guesses.of(problem, batch)
 
     def _decide(self, problem: Problem, batch: int, label: str) -> Decided:
         tried: list[Record] = []
@@ -256,7 +257,7 @@ class Chooser:
                 except KeyboardInterrupt:  # before there was anything to keep
                     self.interrupted = True
                     return self._decide(problem, batch, label)
-            return self._decision(self._default(problem) or self._untuned(problem), 0)
+            return self._decision(self._default(problem, batch) or self._untuned(problem), 0)
         except NoCompilerError as error:
             warn_once("no compiler", f"PyTorch's own kernels run: {error}")
             return self._decision(native(problem, "no compiler"), max(EFFORTS.values()))
@@ -363,11 +364,11 @@ class Chooser:
         choice = self._verdict(problem, Stored(record, "tuned", what), batch, here)
         return choice or native(problem, f"{what}, but its kernel fails here", record.native_seconds)
 
-    def _default(self, problem: Problem) -> Choice | None:
+    def _default(self, problem: Problem, batch: int) -> Choice | None:
         """The first default schedule that passes its check, not timed."""
         why = ""
         try:
-            for guess in self._guesses(problem):
+            for guess in self._guesses(problem, batch):
                 schedule = guess.to_json()
                 found, why = attempt(problem, schedule, None, BUILD_SECONDS)
                 if found:

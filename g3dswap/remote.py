@@ -46,7 +46,7 @@ class RemoteWorkload:
     def __init__(self, problem: Problem, batch: int, seed: int = 0, patience: float = TRIAL_SECONDS) -> None:
         self.problem, self.patience = problem, patience
         self.nest, self.target = comprehensions.nest(problem), kernel.target_of(problem.device)
-        self.space = Space(self.nest, self.target, torch.get_num_threads())
+        self.space = Space(self.nest, self.target, torch.get_num_threads(), batch)
         self.settings = {**settings(problem), "objects": str(folder().parent)}
         self._opening: Message = {
             "request": "open",

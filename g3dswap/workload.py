@@ -116,7 +116,7 @@ class PassWorkload:
     def __init__(self, problem: Problem, batch: int, seed: int = 0) -> None:
         self.problem = problem
         target, threads = kernel.target_of(problem.device), torch.get_num_threads()
-        self.space = Space(comprehensions.nest(problem), target, threads)
+        self.space = Space(comprehensions.nest(problem), target, threads, batch)
         self.baseline = Candidate(problem)
         self.operands = native.random_operands(problem, batch, seed)
         self._sample_time = timing.sampler(problem.device)

@@ -70,7 +70,7 @@ class FakeKernel:
 class FakeSpace:
     """Eight schedules, numbered; the model prefers low numbers and the default is 0."""
 
-    def __init__(self, nest: Any, target: str, threads: int) -> None:
+    def __init__(self, nest: Any, target: str, threads: int, batch: int) -> None:
         pass
 
     def default(self) -> Schedule:
@@ -402,7 +402,7 @@ def test_where_tf32_is_not_exact_enough_the_default_does_without(
     world: World, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Precise(FakeSpace):
-        def __init__(self, nest: Any, target: str, threads: int) -> None:
+        def __init__(self, nest: Any, target: str, threads: int, batch: int) -> None:
             self.number = 0 if nest.precision == "tf32" else 4
 
         def default(self) -> Schedule:

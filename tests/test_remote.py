@@ -80,6 +80,7 @@ def pid() -> int:
 
 def test_what_is_measured_there_is_what_would_be_here(workload: RemoteWorkload) -> None:
     here = PassWorkload(PROBLEM, 2)
+    assert here.space.batch == workload.space.batch == 2
     schedule = workload.space.default()
     assert schedule == here.space.default()
     candidate = workload.build(schedule, 60)

@@ -71,14 +71,18 @@ class Space:
     """The search space of one nest on one target ("cpp" or "triton").
 
     Everything is deterministic; randomness comes from the generators that are passed in.
+    batch: at which kernels of a GPU are compared: it says how many programs they have.
     """
 
-    def __init__(self, nest: Nest, target: str, threads: int | None = None) -> None:
+    def __init__(
+        self, nest: Nest, target: str, threads: int | None = None, batch: int = space_triton.BATCH
+    ) -> None:
         if target not in ("cpp", "triton"):
             raise ArgumentError(f"target {target!r} is unknown; use 'cpp' or 'triton'.")
         self.nest = nest
         self.target = target
         self.threads = threads or os.cpu_count() or 1
+        self.batch = max(1, batch)
 
     def cost(self, schedule: Schedule) -> float:
         """Model seconds; infinite for a schedule that is not legal here."""
@@ -88,16 +92,16 @@ class Space:
                 buffers = buffers_of(scheduled)
                 check(scheduled, buffers)
                 return cost_cpp(scheduled, buffers, self.threads)
-            warps = schedule.hint("warps", 4)
+            warps, batch = schedule.hint("warps", 4), self.batch
             if is_cuda(schedule):
                 stages, teams = schedule.hint("stages", 1), schedule.hint("teams", 1)
-                return model_staged.cost(scheduled, warps, stages, teams, room=self._room)
+                return model_staged.cost(scheduled, warps, stages, teams, batch, self._room)
             if schedule.skew and is_product(schedule):
                 ahead, across = schedule.hint("ahead", 0), schedule.hint("across", 0)
-                return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across))
+                return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across), batch)
             if is_product(schedule):
-                return model_product.cost(scheduled, warps, schedule.hint("stages", 2))
-            return model_triton.cost(scheduled, warps)
+                return model_product.cost(scheduled, warps, schedule.hint("stages", 2), batch)
+            return model_triton.cost(scheduled, warps, batch)
         except ScheduleError:
             return math.inf
 

@@ -244,3 +244,13 @@ def test_a_thousand_channels_print() -> None:
     schedule = Space(nest, "triton").default()
     assert Digit("n", None, "grid") in schedule.digits
     assert "tl.store(" in show(nest, schedule, "triton")
+
+
+def test_schedules_are_compared_at_the_batch_that_is_tuned() -> None:
+    """At eight times the images a split into as many programs for each of them is a split too far."""
+    problem = Problem("grad_weight", Geometry(32, 32, 32, (16, 28, 28), (3, 3, 3), padding=(1, 1, 1)))
+    found = nest_of(problem)
+    few, many = (Space(found, "triton", batch=batch) for batch in (2, 64))
+    schedule = few.default()
+    assert few.cost(schedule) < many.cost(schedule)
+    assert many.cost(many.default()) < many.cost(schedule)
