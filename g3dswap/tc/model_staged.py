@@ -47,6 +47,8 @@ SCATTER = 2.0
 """Trips to the L1 cache for a warp's load of elements that are laid out."""
 STORE, ADDED = 13.0, 6.0
 """Issue slots of a warp for storing a fragment's results, and for adding one to those of other warps."""
+WRITTEN, SINGLES = 4.0, 64.0
+"""Trips to the L1 cache for storing a fragment's results: as pairs, and where no two lie together."""
 IN_FLIGHT, LATENCY = 12, 1200.0
 """Where copies are of single elements: how many of a thread are loaded at once, and the cycles of that."""
 SECTOR = 32
@@ -169,6 +171,7 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
     level = next(stage.level for stage in nest.stages if stage.tensor == image.tensor)
     part, groups = _part(nest, image, level), _groups(nest)
+    kernel = _part(nest, other, sum(p.bind == "grid" for p in nest.loops))
     steps = math.prod(p.count or 1 for p in nest.loops[:level] if p.bind == "serial")
     buffers = min(BUFFERS, steps)
     busy, alike = _shared_out(rows, warps, groups)
@@ -180,8 +183,10 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     sums = accumulators_of(nest, tile) * cols
     loads = groups * runs * footprint(nest, image, tile).elements * deep * rows
     products = groups * runs * tile.terms * rows * cols * deep
-    stored = groups * sums * rows * STORE * steps
-    slots = part.copies * steps * COPY + laid / WARP * LAID + products * PRODUCT + loads + stored
+    stored = groups * sums * rows * steps
+    written = stored * (WRITTEN if groups > 1 or _is_paired(nest) else SINGLES)
+    copies = part.copies * steps + kernel.copies
+    slots = copies * COPY + laid / WARP * LAID + products * PRODUCT + loads + stored * STORE
     beside = laid if groups == 1 else sums * ROWS * COLS * groups  # or the results that are written together
     return _Work(
         shared=(part.elements * PADDED * buffers + beside) * part.size,
@@ -189,11 +194,15 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
         busy=busy,
         slots=slots + (warps * taps * deep * cols if kept and groups == 1 else 0),
         products=products,
-        trips=loads * 4 + (0 if kept else products * 2) + laid / WARP * SCATTER + part.bytes * steps / LINE,
+        trips=loads * 4
+        + (0 if kept else products * 2)
+        + laid / WARP * SCATTER
+        + (part.bytes * steps + kernel.bytes) / LINE
+        + written,
         chain=products / sums / groups / alike,
         arrivals=_arrivals(steps, part.is_async),
-        waits=steps * part.waits(warps * WARP),
-        copied=steps * part.bytes,
+        waits=steps * part.waits(warps * WARP) + kernel.waits(warps * WARP),
+        copied=steps * part.bytes + kernel.bytes,
         pieces=steps * _pieces(nest, level),
     )
 
@@ -238,6 +247,15 @@ def _fragments(nest: Nest) -> tuple[int, int, int]:
     """How many rows, columns and steps of the depth of fragments a product has."""
     lengths = nest.lengths
     return -(-lengths["rows"] // ROWS), lengths["cols"] // COLS, -(-lengths["depth"] // deep_of(nest))
+
+
+def _is_paired(nest: Nest) -> bool:
+    """Whether columns that follow each other do so in memory, so that two results are one store."""
+    last = next(p.axis for p in nest.loops if p.bind == "cols")
+    fused = nest.fused_axis(last)
+    near, tensor = fused.parts[-1] if fused else last, nest.tensor(nest.output.tensor)
+    dims = zip(nest.output.indices, tensor.strides)
+    return any(stride == 1 and index.coefficient(near) == 1 for index, stride in dims)
 
 
 def _pieces(nest: Nest, level: int) -> int:

@@ -49,8 +49,9 @@ LAUNCH, TOTAL = 4.67e-6, 4.03e-6
 
 A_LOAD, A_HALF, AN_ELEMENT_OF_A_WORD, A_STORE = 1.88, 1.38, 1.25, 1.96
 """Instructions of a load with its mask, of making a float32 of what it brought, and of a store."""
-A_SUM = 12
-"""Instructions of adding an accumulator up over the lanes of a warp."""
+A_SUM, BETWEEN = 12, 4.0
+"""Instructions of adding an accumulator up over the lanes of a warp, and how many times as many they are
+where several warps have parts of a sum, which meet in shared memory."""
 A_LINE, A_FURTHER_LINE, A_STORED_LINE = 1.25, 0.16, 1.70
 """Cycles of the L1 cache for the first line of a load, for each further one, and for a line of a store."""
 A_PARTIAL = 17.5
@@ -91,7 +92,7 @@ class _Work:
 
     def __init__(self, nest: Nest, warps: int, batch: int) -> None:
         self.nest = nest
-        self.batch = batch
+        self.batch, self.warps = batch, warps
         self.counts = [loop.count or batch for loop in nest.loops]
         self.start = nest.tile_start
         self.programs, self.runs = runs_of(nest, batch)
@@ -126,8 +127,9 @@ class _Work:
                 one = A_LOAD * read.words + unpack * read.elements * (self.item < 4)
                 total += self._loads(access) * one
         wide = 1 if self.sums or self.partials else width(nest, nest.output)
+        summed = A_SUM * (BETWEEN if self.warps > 1 else 1) if self.sums else 0
         stored = self.results * self.accumulators
-        return self.each * (total + stored * (A_STORE / wide + A_SUM * self.sums))
+        return self.each * (total + stored * (A_STORE / wide + summed))
 
     @cached_property
     def lines(self) -> float:
