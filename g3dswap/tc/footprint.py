@@ -159,12 +159,12 @@ def width(nest: Nest, access: Access) -> int:
 
 
 def _steps(nest: Nest, index: Index) -> list[int]:
-    """How far the numerator of an index moves with each loop that the tile does not unroll."""
+    """How far the numerator of an index moves with each loop that the tile does not unroll and that moves."""
     start = nest.tile_start
     return [
         index.coefficient(part) * (nest.block(part) if part != loop.axis else loop.step)
         for i, loop in enumerate(nest.loops)
-        if i < start or loop.bind != "unroll"
+        if loop.count != 1 and (i < start or loop.bind != "unroll")
         for part in parts(nest, loop.axis)
     ]
 

@@ -47,7 +47,7 @@ SCATTER = 2.0
 """Trips to the L1 cache for a warp's load of elements that are laid out."""
 STORE, ADDED = 13.0, 6.0
 """Issue slots of a warp for storing a fragment's results, and for adding one to those of other warps."""
-WRITTEN, SINGLES = 4.0, 64.0
+WRITTEN, SINGLES = 4.0, 48.0
 """Trips to the L1 cache for storing a fragment's results: as pairs, and where no two lie together."""
 IN_FLIGHT, LATENCY = 12, 1200.0
 """Where copies are of single elements: how many of a thread are loaded at once, and the cycles of that."""

@@ -14,6 +14,7 @@ import torch
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.problem import DIRECTIONS, LAYOUTS, Geometry, Problem
 from g3dswap.tc import model_triton, space
+from g3dswap.tc.footprint import tile_of
 from g3dswap.tc.kernel import show
 from g3dswap.tc.nest import Nest
 from g3dswap.tc.product import is_product
@@ -254,3 +255,14 @@ def test_schedules_are_compared_at_the_batch_that_is_tuned() -> None:
     schedule = few.default()
     assert few.cost(schedule) < many.cost(schedule)
     assert many.cost(many.default()) < many.cost(schedule)
+
+
+def test_of_a_strided_gradient_only_taps_of_the_same_phase_are_counted() -> None:
+    """Loops of one step, as those around a kernel that is unrolled as a whole, decide nothing."""
+    layer = Geometry(4, 4, 4, (3, 8, 8), (3, 3, 3), (1, 2, 2), (1, 1, 1))
+    found = nest_of(Problem("grad_input", layer))
+    taps = "kt rest serial | kh rest serial | kw rest serial | kt 3 unroll | kh 3 unroll | kw 3 unroll"
+    grid = " | ".join(f"{axis} rest grid" for axis in "ngcthw")
+    tile = "w 4 lanes | h 2 unroll phase | w 2 unroll phase"
+    scheduled = apply(found, schedule_of(f"{grid} | f rest serial | {taps} | {tile}"))
+    assert tile_of(scheduled).terms == 3 * 3 * 3  # of each axis with a stride, three of six taps and phases
