@@ -8,7 +8,8 @@ Every run is preceded by reading a buffer larger than the nearest cache that sur
 calls (a core's L2 on a CPU, the L2 of a GPU).  Inside a network a layer's operands do not sit in
 that cache either: the layers before it have just streamed through it.  The read is a PyTorch
 kernel, so on a CPU it also hands the cores over from PyTorch's thread pool, as in a network, and on
-a GPU it keeps the device busy while the host launches the call, so that launch time is not counted.
+a GPU it keeps the device busy while the host launches the call, so that launch time is not counted:
+where a busy host takes longer, it is read more often.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ Call = Callable[[], object]
 Sampler = Callable[[Call], float]
 
 PATIENCE = 5.0
+MOST_FLUSHES = 8
+"""How often a GPU's cache is flushed before a run, at most, to keep it busy while the host launches that."""
 _L2_OF_A_CORE = 2 << 20  # bytes, where the machine does not say
 _L2_FILE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 
@@ -78,7 +81,7 @@ def measure(
 
 def sampler(device: str) -> Sampler:
     """The function that times one cold run of a call on `device` ("cpu" or "cuda"), in seconds."""
-    return event_sampler(_flush()) if device == "cuda" else _cpu_sampler()
+    return _ColdRuns(_flush()) if device == "cuda" else _cpu_sampler()
 
 
 def _cpu_sampler() -> Sampler:
@@ -111,6 +114,45 @@ def event_sampler(lead: Call | None = None) -> Sampler:
         return before.elapsed_time(after) / 1e3
 
     return sample
+
+
+class _ColdRuns:
+    """Times a call on the current GPU behind so many flushes that they outlast its launch.
+
+    A run that the host launched too late is made again behind twice as many; where launching takes a small
+    part of them only, the next has half as many.
+    """
+
+    def __init__(self, flush: Call) -> None:
+        self.flush = flush
+        behind_another = event_sampler(flush)
+        self.lasting = min(behind_another(flush) for _ in range(3))
+        self.flushes = 1
+        self._began = 0.0
+        self._sample = event_sampler(self._lead)
+
+    def __call__(self, call: Call) -> float:
+        launched = 0.0
+
+        def launch() -> None:
+            nonlocal launched
+            call()
+            launched = time.perf_counter()
+
+        while True:
+            seconds = self._sample(launch)
+            taken, hidden = launched - self._began, self.flushes * self.lasting
+            if taken <= hidden or self.flushes >= MOST_FLUSHES:
+                break
+            self.flushes *= 2
+        if self.flushes > 1 and 4 * taken < hidden:
+            self.flushes //= 2
+        return seconds
+
+    def _lead(self) -> None:
+        self._began = time.perf_counter()
+        for _ in range(self.flushes):
+            self.flush()
 
 
 def _flush() -> Call:
