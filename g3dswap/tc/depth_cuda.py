@@ -71,14 +71,10 @@ class DepthProgram(Program):
         ahead = self.buffers > 1
         if ahead:
             self.emit("if (rounds > 0) fetch(0);")
-        self.emit("#pragma unroll 1")
-        with self.block("for (int round = 0; round < rounds; ++round)"):
-            self.emit("if (round + 1 < rounds) fetch(round + 1);" if ahead else "fetch(round);")
-            self.emit("round + 1 < rounds ? arrived<1>() : arrived<0>();" if ahead else "arrived<0>();")
+        with self.rounds("round", "rounds", ahead):
             self.emit(f"const int step = {step};", f"const u32 buffer = address(memory) + {buffer};")
             with self.own_part():
                 self.multiply(loads, points)
-            self.emit("__syncthreads();")
         sums = DepthSums(self, self.sums, self.rows, self.cols)
         sums.add_up()
         sums.store()

@@ -169,7 +169,9 @@ def _bytes(nest: Nest, batch: int) -> float:
 def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     image, other = image_and_other(nest)
     tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
-    level = next(stage.level for stage in nest.stages if stage.tensor == image.tensor)
+    stage = nest.stage_of(image.tensor)
+    assert stage is not None
+    level = stage.level
     part, groups = _part(nest, image, level), _groups(nest)
     kernel = _part(nest, other, sum(p.bind == "grid" for p in nest.loops))
     steps = math.prod(p.count or 1 for p in nest.loops[:level] if p.bind == "serial")

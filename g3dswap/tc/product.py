@@ -11,7 +11,7 @@ from .roles import image_and_other, nearest_last, roles_of, sides
 from .schedule import Digit, Schedule, fused_name, rewritten
 from .skew import Skew, patch_name
 from .space_cpp import phases, reduces
-from .space_triton import PROGRAMS, Split, Tile, split_reductions, steps_outside
+from .space_triton import PROGRAMS, Split, Tile, split_reductions, steps_outside, walks_of
 
 Side = tuple[tuple[str, ...], int]
 Packs = tuple[tuple[str, int], ...]
@@ -67,10 +67,8 @@ class Product:
         if self.apart:  # or what programs take of the same lines of memory comes at different times
             grid = nearest_last(whole, grid)
         digits = [Digit(n, None, "grid") for n in grid]
-        digits += [
-            Digit(n, split[n], "serial") for n in grid if not reduces(whole, n) and split.get(n, 1) > 1
-        ]
-        digits += [Digit(n, split.get(n), "serial") for n in reductions if split.get(n) != 1]
+        looped = walks_of(whole, grid, split) + [n for n in reductions if split.get(n) != 1]
+        digits += [Digit(n, split.get(n), "serial") for n in looped]
         digits += [Digit(a, c, "warps") for a, c in self.apart]
         digits += [Digit(a, c, "unroll") for a, c in self.tile if a not in own]
         digits += [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..errors import ScheduleError
 from .cuda_text import ROW, CudaText, Names
@@ -77,6 +79,17 @@ class Program(CudaText):
         """The head of a warp's loop over its part of so many steps: all of them where warps are apart."""
         first, step = ("0", 1) if self.apart else ("warp", self.warps)
         return f"for (int {name} = {first}; {name} < {count}; {name} += {step})"
+
+    @contextmanager
+    def rounds(self, name: str, count: str, ahead: bool) -> Iterator[None]:
+        """A loop over so many copies that `fetch` makes; ahead: the next is on its way while one is used."""
+        following = f"{name} + 1 < {count}"
+        self.emit("#pragma unroll 1")
+        with self.block(f"for (int {name} = 0; {name} < {count}; ++{name})"):
+            self.emit(f"if ({following}) fetch({name} + 1);" if ahead else f"fetch({name});")
+            self.emit(f"{following} ? arrived<1>() : arrived<0>();" if ahead else "arrived<0>();")
+            yield
+            self.emit("__syncthreads();")
 
     def emit_if(self, test: str, statement: str) -> None:
         self.emit(f"if ({test}) {statement}" if test else statement)

@@ -29,7 +29,9 @@ class RowsProgram(Program):
 
     def __init__(self, nest: Nest, warps: int) -> None:
         super().__init__(nest, warps)
-        self.outside = next(stage.level for stage in nest.stages if stage.tensor == self.image.tensor)
+        stage = nest.stage_of(self.image.tensor)
+        assert stage is not None
+        self.outside = stage.level
         counts = [nest.loops[i].count for i in self.walks]
         if self.walks != [*range(len(self.grid), self.outside)] or None in counts:
             raise ScheduleError("a walk is along positions, outside of all sums, with a copy at each step.")
@@ -47,21 +49,22 @@ class RowsProgram(Program):
         start = self.take(image.box.size * self.item)
         size = self.shared - start
         self.take(size * (min(BUFFERS, self.steps) - 1))
+        begin = f"{start}" + (f" + step % {BUFFERS} * {size}" if self.steps > 1 else "")
         self.check_size(len(sums) * taps.cols * 4, len(points) * taps.deep * taps.cols)
         self.copy(raw, f"memory + {taps.begin}")
         if self.steps == 1:
-            self.copy(image.box, f"memory + {start}")
+            self.copy(image.box, f"memory + {begin}")
         else:
             with self.block("auto fetch = [&](int step)", "};"):
                 self.decode(self.walks, "step")
-                self.copy(image.box, f"memory + {start} + step % {BUFFERS} * {size}")
+                self.copy(image.box, f"memory + {begin}")
             self.emit("fetch(0);")
         if taps.laid:
             taps.lay_out()
         self.emit("arrived<0>();")
         if taps.kept:
             taps.keep()
-        with self.walk(start, size) as begin, self.block(self.shares("tile", -(-lengths["rows"] // ROWS))):
+        with self.walk(), self.block(self.shares("tile", -(-lengths["rows"] // ROWS))):
             image.begin(begin)
             self.emit(f"float sum[{len(sums)}][{taps.cols}][4] = {{}};")
             self.emit("u32 a[4];" if taps.kept else "u32 a[4], b[2];")
@@ -69,18 +72,14 @@ class RowsProgram(Program):
             self.store(sums, taps.cols)
 
     @contextmanager
-    def walk(self, start: int, size: int) -> Iterator[str]:
-        """A loop over the steps of a walk, the next part of the image on its way; where that begins."""
+    def walk(self) -> Iterator[None]:
+        """What is done with each part of the image: with the only one, where the program does not walk."""
         if self.steps == 1:
-            yield str(start)
+            yield
             return
-        self.emit("#pragma unroll 1")
-        with self.block(f"for (int step = 0; step < {self.steps}; ++step)"):
-            self.emit(f"if (step + 1 < {self.steps}) fetch(step + 1);")
-            self.emit(f"step + 1 < {self.steps} ? arrived<1>() : arrived<0>();")
+        with self.rounds("step", str(self.steps), ahead=True):
             self.decode(self.walks, "step")
-            yield f"{start} + step % {BUFFERS} * {size}"
-            self.emit("__syncthreads();")
+            yield
 
     def copy(self, box: Box, to: str) -> None:
         """Copy a box to shared memory, as a group of copies of its own."""

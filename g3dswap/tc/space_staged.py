@@ -27,7 +27,7 @@ from .schedule import apply, fused_name, rewritten
 from .skew import Skew, patch_name, shifted_by
 from .source import source
 from .space_cpp import phases
-from .space_triton import Split, Tile, of_reductions
+from .space_triton import Split, Tile, of_reductions, steps_outside
 from .words import ITEM_BYTES
 
 FORMS = 6
@@ -279,15 +279,13 @@ def _walks(
 ) -> list[Split]:
     """No walk, and walks along the positions outside of a program's, of steps that leave little over."""
     found: list[Split] = [()]
-    phase = phases(nest)
-    axes, count = place
-    sides = [(fused_name(axes), axes, count)]
-    if outside is not None:
-        sides.insert(0, (outside, (outside,), window.get(outside, 1)))
-    for name, own, width in sides:
-        steps = -(-math.prod(-(-(nest.extent(a) or 1) // phase.get(a, 1)) for a in own) // width)
-        fitting = [n for n in WALKS if n <= steps and -(-steps // n) * n <= WASTED * steps]
-        found += [((name, n),) for n in (fitting if thorough else fitting[-1:])]
+    name = fused_name(place[0])
+    inside = phases(nest)
+    inside |= {axis: inside.get(axis, 1) * count for axis, count in window.items()}
+    steps = steps_outside(nest, {name: place}, inside)
+    for axis in (outside, name) if outside else (name,):
+        fitting = [n for n in WALKS if n <= steps[axis] and -(-steps[axis] // n) * n <= WASTED * steps[axis]]
+        found += [((axis, n),) for n in (fitting if thorough else fitting[-1:])]
     return found
 
 

@@ -71,7 +71,7 @@ class Point:
         )
         split = dict(self.split)
         grid = [n for n in names if not reduces(nest, n) or n in split]
-        walks = [n for n in grid if not reduces(nest, n) and split.get(n, 1) > 1]
+        walks = walks_of(nest, grid, split)
         serial = [n for n in names if reduces(nest, n) and split.get(n) != 1]
         digits = [Digit(n, None, "grid") for n in grid]
         digits += [Digit(n, split.get(n), "serial") for n in walks + serial]
@@ -96,6 +96,11 @@ class Point:
         steps = {d.axis: d.count or 1 for d in schedule.digits if d.bind == "serial"}
         grid = tuple((d.axis, steps.get(d.axis, 1)) for d in schedule.digits if d.bind == "grid")
         return cls(lanes, tile, grid, schedule.hint("warps", 4))
+
+
+def walks_of(nest: Nest, grid: Sequence[str], split: Mapping[str, int]) -> list[str]:
+    """The axes on the grid that a program takes several steps of: no reductions, which are split instead."""
+    return [n for n in grid if not reduces(nest, n) and split.get(n, 1) > 1]
 
 
 def power(extent: int, most: int) -> int:
