@@ -48,12 +48,19 @@ using Operands = std::array<const Tensor*, 3>;
 
 // Launches
 
+// A number for each block of so many steps of the batch, or, with a block of 0, whatever the batch is.
+struct Count {
+  int64_t each = 0, block = 0;
+
+  int64_t blocks(int64_t batch) const { return block ? (batch + block - 1) / block : 1; }
+  int64_t of(int64_t batch) const { return each * blocks(batch); }
+};
+
 // Where a kernel begins. On a CPU `function` is `int run(void* const* operands, void* out, int64_t batch,
 // int threads)`, and `threads` is 0; on a GPU it is a CUfunction.
 struct Step {
   uintptr_t function = 0;
-  int64_t programs = 0;
-  bool batched = false;  // so many programs for each step of the batch
+  Count programs;
   unsigned threads = 0, shared = 0;
   int hidden = 0;  // pointers that Triton appends to a kernel's parameters, for features that are not used
 };
@@ -98,7 +105,7 @@ bool launch(const Step& step, std::vector<void*>& pointers, int64_t batch, at::D
     auto run = reinterpret_cast<Run>(step.function);
     return run(pointers.data(), pointers.back(), batch, at::get_num_threads()) == 0;
   }
-  int64_t programs = step.programs * (step.batched ? batch : 1);
+  int64_t programs = step.programs.of(batch);
   if (programs > MOST_PROGRAMS || batch > MOST_PROGRAMS) return false;
   if (!programs) return true;
   int32_t steps = static_cast<int32_t>(batch);
@@ -128,8 +135,7 @@ struct Pass {
   bool batched = false;  // the first of the shape is the batch
   at::MemoryFormat format = at::MemoryFormat::Contiguous;
   Step step;
-  int64_t parts = 0;  // partial results to be added up; 0: there are none
-  bool parts_batched = false;  // so many for each step of the batch
+  Count parts;  // partial results to be added up; 0: there are none
   std::optional<Step> total;  // adds them up; without one PyTorch does
 };
 
@@ -146,7 +152,7 @@ Tensor run(const Pass& pass, const Operands& operands) {
   Ints shape = pass.shape;
   if (pass.batched) shape[0] = batch;
   Tensor out = at::empty(shape, operands[0]->options().memory_format(pass.format));
-  int64_t parts = pass.parts * (pass.parts_batched ? batch : 1);
+  int64_t parts = pass.parts.of(batch);
   auto sums = out.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   if (!parts || (parts == 1 && out.scalar_type() == sums)) {
     pointers.push_back(out.mutable_data_ptr());
@@ -161,8 +167,8 @@ Tensor run(const Pass& pass, const Operands& operands) {
     return out;
   }
   std::vector<void*> ends = {partial.mutable_data_ptr(), out.mutable_data_ptr()};
-  // Its run-time extent is what makes the number of parts one: the batch, or nothing.
-  return launch(*pass.total, ends, pass.parts_batched ? batch : 1, out.device()) ? out : Tensor();
+  // Its run-time extent is what makes the number of parts one: blocks of the batch, or nothing.
+  return launch(*pass.total, ends, pass.parts.blocks(batch), out.device()) ? out : Tensor();
 }
 
 // All that decides the choice for a pass, but the batch.
@@ -513,24 +519,22 @@ Site& made_site(PyObject* conf) {
   return *every_site.back();
 }
 
-// A step of (address, programs, batched, threads, shared), whose kernel has so many parameters.
+// A step of (address, programs, block, threads, shared), whose kernel has so many parameters.
 bool parse(PyObject* entry, size_t parameters, Step& step) {
   unsigned long long function;
-  long long programs;
-  int batched;
-  if (!PyArg_ParseTuple(entry, "KLpII", &function, &programs, &batched, &step.threads, &step.shared)) {
+  long long programs, block;
+  if (!PyArg_ParseTuple(entry, "KLLII", &function, &programs, &block, &step.threads, &step.shared)) {
     throw python_error();
   }
   step.function = function;
-  step.programs = programs;
-  step.batched = batched;
+  step.programs = {programs, block};
   step.hidden = step.threads ? hidden_parameters(step.function, parameters) : 0;
   return step.hidden >= 0;
 }
 
 // learn(conf, kind, input, weight, third, plan): how calls like this one are to be run from now on. A plan is
-// None for PyTorch's kernel, or (reads, shape, batched, channels_last, step, parts, parts_batched, total). Calls of
-// kernels that only Triton can launch stay Python's.
+// None for PyTorch's kernel, or (reads, shape, batched, channels_last, step, parts, block, total), so many parts for
+// each block of the batch. Calls of kernels that only Triton can launch stay Python's.
 PyObject* learn(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   PyObject *conf, *input, *weight, *third, *plan;
@@ -547,19 +551,18 @@ PyObject* learn(PyObject*, PyObject* arguments) {
     pass->native = true;
   } else {
     PyObject *reads, *shape, *step, *total;
-    int batched, channels_last, parts_batched;
-    long long parts;
+    int batched, channels_last;
+    long long parts, block;
     if (!PyArg_ParseTuple(
-            plan, "O!O!ppO!LpO", &PyTuple_Type, &reads, &PyTuple_Type, &shape, &batched, &channels_last,
-            &PyTuple_Type, &step, &parts, &parts_batched, &total)) {
+            plan, "O!O!ppO!LLO", &PyTuple_Type, &reads, &PyTuple_Type, &shape, &batched, &channels_last,
+            &PyTuple_Type, &step, &parts, &block, &total)) {
       return nullptr;
     }
     for (int64_t place : ints_of(reads)) pass->reads.push_back(static_cast<int>(place));
     pass->shape = ints_of(shape);
     pass->batched = batched;
     if (channels_last) pass->format = at::MemoryFormat::ChannelsLast3d;
-    pass->parts = parts;
-    pass->parts_batched = parts_batched;
+    pass->parts = {parts, block};
     if (!parse(step, pass->reads.size() + 2, pass->step)) Py_RETURN_NONE;
     if (total != Py_None && !parse(total, 3, pass->total.emplace())) Py_RETURN_NONE;
   }

@@ -172,8 +172,9 @@ def test_only_what_is_wanted_is_computed(frozen: str, counts: Counts) -> None:
     assert leaves[names.index(frozen)].grad is None
 
 
-def test_parts_of_a_sum_are_added_up(monkeypatch: pytest.MonkeyPatch, counts: Counts) -> None:
-    """Of a kernel whose programs leave partial results; one for each image."""
+@pytest.mark.parametrize("block", [1, 2])
+def test_parts_of_a_sum_are_added_up(block: int, monkeypatch: pytest.MonkeyPatch, counts: Counts) -> None:
+    """Of a kernel whose programs leave partial results; one for each image or each two of three."""
 
     def resolve(problem: Problem, *rest: Any) -> Choice:
         nest = comprehensions.nest(problem)
@@ -181,6 +182,7 @@ def test_parts_of_a_sum_are_added_up(monkeypatch: pytest.MonkeyPatch, counts: Co
         if problem.direction == "grad_weight":
             digits = [str(d).replace("serial", "grid") if d.axis == "n" else str(d) for d in schedule.digits]
             digits.sort(key=lambda text: "grid" not in text)
+            digits[1:1] = [f"n {block} serial"] if block > 1 else []
             schedule = Schedule.from_json({**schedule.to_json(), "digits": digits})
         found = build(problem, schedule, 60.0)
         assert (found.kernel is not None and found.kernel.partial_counts is not None) == (

@@ -53,9 +53,14 @@ class CudaText:
         self.emit(end)
 
     def count(self, i: int) -> str:
-        """How often a loop runs."""
-        count = self.nest.loops[i].count
-        return "batch" if count is None else str(count)
+        """How often a loop runs: of two over the batch, the inner one less in the last block."""
+        loop = self.nest.loops[i]
+        if loop.count is None:
+            return "batch" if loop.step == 1 else f"((batch - 1) / {loop.step} + 1)"
+        outer = self.nest.blocks_loop(i)
+        if outer is None:
+            return str(loop.count)
+        return f"min({loop.count}, batch - {self.names[f'v{outer}']} * {self.nest.loops[outer].step})"
 
     def decode(self, loops: Sequence[int], number: str) -> None:
         """Variables of these loops from the number of a step of all of them, the last the fastest."""

@@ -41,14 +41,15 @@ class Footprint:
 
 def runs_of(nest: Nest, batch: int) -> tuple[int, int]:
     """How many programs run a scheduled nest, and how often each executes the register tile."""
-    counts = [loop.count or batch for loop in nest.loops]
+    counts = nest.counts(batch)
     programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
     return programs, math.prod(counts[: nest.tile_start]) // programs
 
 
 def partials_of(nest: Nest, batch: int) -> int:
     """How many partial results there are to be summed; 0 where there are none."""
-    return math.prod(nest.loops[i].count or batch for i in nest.partial_loops) if nest.partial_counts else 0
+    counts = nest.counts(batch)
+    return math.prod(counts[i] for i in nest.partial_loops) if nest.partial_counts else 0
 
 
 def lanes_of(nest: Nest) -> list[Loop]:

@@ -30,7 +30,7 @@ def interpret(nest: Nest, arrays: Mapping[str, Floats], batch: int = 1) -> Float
 
     arrays: every operand, in the shape that the comprehension gives it (`batch` for the batch).
     """
-    counts = [batch if loop.count is None else loop.count for loop in nest.loops]
+    counts = nest.counts(batch)
     shapes = {t.name: [batch if e is None else e for e in t.shape] for t in nest.tensors}
     # A schedule may look at one dimension of a tensor as two.
     arrays = {name: arrays[name].reshape(shapes[name]) for name in nest.operands}

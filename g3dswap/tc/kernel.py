@@ -71,7 +71,8 @@ class Kernel:
         if self.partial_counts is None:
             self.launch(operands, out, batch)
             return
-        parts = math.prod(batch if count is None else count for count in self.partial_counts)
+        blocks = -(-batch // self._block)
+        parts = math.prod(blocks if count is None else count for count in self.partial_counts)
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         if parts == 1 and out.dtype == dtype:
             self.launch(operands, out, batch)
@@ -92,8 +93,12 @@ class Kernel:
 
     @functools.cached_property
     def partial_counts(self) -> tuple[int | None, ...] | None:
-        """The counts of what makes partial results (None: as many as the batch), None without any."""
+        """The counts of what makes partial results (None: blocks of the batch), None without any."""
         return self.nest.partial_counts or None
+
+    @functools.cached_property
+    def _block(self) -> int:
+        return self.nest.block_of_batch
 
     @functools.cached_property
     def _batch_source(self) -> tuple[int, int] | None:

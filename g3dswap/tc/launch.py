@@ -14,14 +14,15 @@ class Entry:
     """Where a compiled kernel begins, for those who launch it without Python.
 
     address:  of a C++ function, or the driver's handle of a GPU's.
-    programs: how many there are, for each step of the run-time extent if ``batched``.
+    programs: how many there are, for each block of so many steps of the run-time extent; with a block of 0,
+              whatever that is.
     threads:  of a program; 0 for a C++ function.
     shared:   bytes of memory that the threads of a program share.
     """
 
     address: int
     programs: int = 1
-    batched: bool = False
+    block: int = 0
     threads: int = 0
     shared: int = 0
 

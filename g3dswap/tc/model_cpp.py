@@ -110,7 +110,7 @@ def check(nest: Nest, buffers: dict[str, Buffer]) -> None:
 def cost(nest: Nest, buffers: dict[str, Buffer], threads: int, batch: int = 1) -> float:
     """Estimated seconds of a nest, which `check` may still refuse."""
     tile = count(nest)
-    counts = [loop.count or batch for loop in nest.loops]
+    counts = nest.counts(batch)
     runs = math.prod(counts[: nest.tile_start])
     stores = math.prod(counts[: nest.accumulate_from])
     lane_reduces = any(p.bind == "lanes" and nest.is_reduce(p.axis) for p in nest.loops)

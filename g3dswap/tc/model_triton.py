@@ -93,7 +93,7 @@ class _Work:
     def __init__(self, nest: Nest, warps: int, batch: int) -> None:
         self.nest = nest
         self.batch, self.warps = batch, warps
-        self.counts = [loop.count or batch for loop in nest.loops]
+        self.counts = nest.counts(batch)
         self.start = nest.tile_start
         self.programs, self.runs = runs_of(nest, batch)
         self.partials = partials_of(nest, batch)

@@ -22,12 +22,13 @@ The whole grammar::
                 | -pointwise | pointwise operator pointwise | function(pointwise, ...)
 
 An axis's value is the sum of its digits.  Digits may overshoot the extent (the product of counts is a
-multiple of the tile); such iterations contribute nothing and store nothing.  `unroll`, `lanes`, the three
-axes of a matrix product and `warps`, of which each warp has a step, form the register tile, and all of them
-stand at the end of `loops`; an `unroll` further out repeats the code.  A side of a product has one loop, and
-a second one where it runs along blocks of a part.  A reduction on the grid leaves partial results, of which
-no function is to be taken: a nest with pointwise expressions has none.  An unscheduled nest has one serial
-loop for each axis.
+multiple of the tile); such iterations contribute nothing and store nothing.  The batch has one loop, of as
+many steps as there are, or two: blocks of it, of which the last may be short, and a serial loop in each.
+`unroll`, `lanes`, the three axes of a matrix product and `warps`, of which each warp has a step, form the
+register tile, and all of them stand at the end of `loops`; an `unroll` further out repeats the code.  A side
+of a product has one loop, and a second one where it runs along blocks of a part.  A reduction on the grid
+leaves partial results, of which no function is to be taken: a nest with pointwise expressions has none.  An
+unscheduled nest has one serial loop for each axis.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class Loop:
     bind: str
 
     def __str__(self) -> str:
-        count = "batch" if self.count is None else str(self.count)
+        blocks = "batch" if self.step == 1 else f"batch / {self.step}"
+        count = blocks if self.count is None else str(self.count)
         return f"{self.bind:<6} {self.axis} += {self.step} * [0, {count})"
 
 
@@ -217,6 +219,27 @@ class Nest:
         return extent is not None and covers is not None and covers > extent
 
     @property
+    def block_of_batch(self) -> int:
+        """How many steps of the batch one of its outermost loop stands for."""
+        return next((loop.step for loop in self.loops if loop.count is None), 1)
+
+    def blocks_loop(self, i: int) -> int | None:
+        """The loop over blocks of the batch, if this one runs in each of them."""
+        axis, count = self.loops[i].axis, self.loops[i].count
+        outer = next(k for k, loop in enumerate(self.loops) if loop.axis == axis)
+        return None if count is None or self.loops[outer].count is not None else outer
+
+    def counts(self, batch: int) -> list[int]:
+        """How often each loop runs; of the batch's inner loop, at most."""
+        found = []
+        for loop in self.loops:
+            if loop.count is None:
+                found.append(-(-batch // loop.step))
+            else:
+                found.append(loop.count if self.extent(loop.axis) else min(loop.count, batch))
+        return found
+
+    @property
     def accesses(self) -> tuple[Access, ...]:
         return (*self.factors, *self.addends, self.output)
 
@@ -255,6 +278,7 @@ class Nest:
     def partial_counts(self) -> tuple[int | None, ...]:
         """How many partial results there are of each element, by what makes them; (): sums are whole.
 
+        None: one for each block of the batch.
         Replicas are added up by the program whose factors are staged; elsewhere each is a partial result.
         """
         grid = tuple(self.loops[i].count for i in self.partial_loops)
@@ -419,10 +443,7 @@ def _verify_digits(nest: Nest, name: str) -> None:
     own = [loop for loop in nest.loops if loop.axis == name]
     extent = nest.extent(name)
     if extent is None:
-        _require(
-            len(own) == 1 and own[0].count is None and own[0].step == 1, nest, "the batch {} is split", name
-        )
-        _require(own[0].bind in ("grid", "serial"), nest, "the batch {} is bound to {}", name, own[0].bind)
+        _verify_batch(nest, name, own)
         return
     span = 1
     for loop in sorted(own, key=lambda p: p.step):
@@ -438,6 +459,21 @@ def _verify_digits(nest: Nest, name: str) -> None:
         # Past its end, a flat index is past that of its first part.
         for part in parts if nest.is_reduce(name) else parts[:1]:
             _require_ended(nest, part)
+
+
+def _verify_batch(nest: Nest, name: str, own: list[Loop]) -> None:
+    """Check the loops over the batch, which is whole or in blocks: how long the last is only loops know."""
+    outer, *inner = own
+    counts = [loop.count or 0 for loop in inner]
+    whole = outer.count is None and outer.step == math.prod(counts) and len(inner) <= 1
+    _require(whole and min(counts, default=1) > 0, nest, "the digits of the batch {} are {}", name, own)
+    _require(outer.bind in ("grid", "serial"), nest, "the batch {} is bound to {}", name, outer.bind)
+    serial = all(loop.bind == "serial" for loop in inner)
+    _require(serial, nest, "a part of the batch {} is bound to {}", name, own[-1].bind)
+    level = max(i for i, loop in enumerate(nest.loops) if loop.axis == name)
+    for stage in nest.stages:
+        inside = not inner or None not in nest.tensor(stage.tensor).shape or stage.level > level
+        _require(inside, nest, "{} is staged for blocks of the batch {}", stage.tensor, name)
 
 
 def _verify_blocks(nest: Nest, parts: list[str]) -> None:

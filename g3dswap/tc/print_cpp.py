@@ -68,7 +68,7 @@ class _Printer(CopyPrinter):
     def print(self) -> str:
         nest = self.nest
         grid = [i for i, loop in enumerate(nest.loops) if loop.bind == "grid"]
-        counts = {i: "batch" if nest.loops[i].count is None else str(nest.loops[i].count) for i in grid}
+        counts = {i: self.count(i) for i in grid}
         for i, name in enumerate(nest.operands):
             memory = MEMORY_TYPES[self.dtype]
             self.emit(f"const {memory}* __restrict const {name} = (const {memory}*)operands[{i}];")
@@ -152,9 +152,19 @@ class _Printer(CopyPrinter):
                 with self.block(""):
                     self.level(i + 1, {**env, f"v{i}": value})
             return
-        count = "batch" if loop.count is None else str(loop.count)
-        with self.block(f"for (int64_t v{i} = 0; v{i} < {count}; ++v{i})"):
+        with self.block(f"for (int64_t v{i} = 0; v{i} < {self.count(i)}; ++v{i})"):
             self.level(i + 1, env)
+
+    def count(self, i: int) -> str:
+        """How often a loop runs: of two over the batch, the inner one less in the last block."""
+        loop = self.nest.loops[i]
+        if loop.count is None:
+            return "batch" if loop.step == 1 else f"((batch + {loop.step - 1}) / {loop.step})"
+        outer = self.nest.blocks_loop(i)
+        if outer is None:
+            return str(loop.count)
+        left = f"batch - v{outer} * {self.nest.loops[outer].step}"
+        return f"({left} < {loop.count} ? {left} : {loop.count})"
 
     # The register tile
 

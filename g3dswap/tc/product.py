@@ -11,7 +11,7 @@ from .roles import image_and_other, nearest_last, roles_of, sides
 from .schedule import Digit, Schedule, fused_name, rewritten
 from .skew import Skew, patch_name
 from .space_cpp import phases, reduces
-from .space_triton import PROGRAMS, Split, Tile, split_reductions, steps_outside, walks_of
+from .space_triton import BATCH, PROGRAMS, Split, Tile, split_reductions, steps_outside, walks_of
 
 Side = tuple[tuple[str, ...], int]
 Packs = tuple[tuple[str, int], ...]
@@ -103,10 +103,10 @@ class Product:
         words = () if self.staged else self.skew
         return {patch_name(skew.axis): skew.word for skew in words if skew.word > 1}
 
-    def loops(self, nest: Nest) -> bool:
+    def loops(self, nest: Nest, batch: int = BATCH) -> bool:
         """Whether there is a loop around the product, of more than one step; `nest` is the rewritten one."""
         own = {fused_name(axes): (axes, count) for axes, count in self.sides.values()}
-        steps = {**steps_outside(nest, own, dict(self.tile)), **dict(self.split)}
+        steps = {**steps_outside(nest, own, dict(self.tile), batch), **dict(self.split)}
         return any(count > 1 for name, count in steps.items() if reduces(nest, name))
 
     @classmethod
@@ -150,7 +150,14 @@ def of_tiles(products: Sequence[Product], wanted: Container[Tile]) -> Iterator[P
     return (product for product in products if product.tile in wanted)
 
 
-def splits(nest: Nest, own: tuple[Side, ...], tile: Tile, wanted: Sequence[int] = PROGRAMS) -> list[Split]:
+def splits(
+    nest: Nest,
+    own: tuple[Side, ...],
+    tile: Tile,
+    batch: int = BATCH,
+    wanted: Sequence[int] = PROGRAMS,
+    blocks: bool = False,
+) -> list[Split]:
     """Reductions to split, for a product with these sides and a tile; `nest` is the rewritten one."""
     named = {fused_name(axes): (axes, width) for axes, width in own}
-    return split_reductions(nest, named, dict(tile), wanted)
+    return split_reductions(nest, named, dict(tile), batch, wanted, blocks)

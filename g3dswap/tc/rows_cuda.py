@@ -25,7 +25,7 @@ GAP = 2
 
 
 class RowsProgram(Program):
-    """steps: those of a walk, at each of which the program has another part of the image."""
+    """steps: those of a walk, at most, at each of which the program has another part of the image."""
 
     def __init__(self, nest: Nest, warps: int) -> None:
         super().__init__(nest, warps)
@@ -77,7 +77,7 @@ class RowsProgram(Program):
         if self.steps == 1:
             yield
             return
-        with self.rounds("step", str(self.steps), ahead=True):
+        with self.rounds("step", " * ".join(map(self.count, self.walks)), ahead=True):
             self.decode(self.walks, "step")
             yield
 

@@ -162,7 +162,7 @@ class Space:
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
         every: list[tuple[Sequence[Tiled], Callable[[Container[Any]], Iterable[Tiled]]]]
         spaces = (space_triton, space_product, space_banded, *([space_staged] if has_cuda() else []))
-        every = [family for space in spaces for family in space.families(self.nest)]
+        every = [family for space in spaces for family in space.families(self.nest, self.batch)]
         glances = [{point: self._costed(point) for point in _spread(first, GLANCE)} for first, _ in every]
         best = [min((cost for cost, _ in seen.values()), default=math.inf) for seen in glances]
         worth = max(sorted(best)[:PROMISING], default=math.inf)
@@ -245,8 +245,9 @@ class Space:
         if is_product(schedule):
             banded = space_banded if schedule.skew else space_product
             space = space_staged if is_cuda(schedule) else banded
-            return space.mutate(self.nest, Product.of(schedule), rng).schedule(self.nest)
-        return space_triton.mutate(self.nest, space_triton.Point.of(schedule), rng).schedule(self.nest)
+            return space.mutate(self.nest, Product.of(schedule), rng, self.batch).schedule(self.nest)
+        point = space_triton.Point.of(schedule)
+        return space_triton.mutate(self.nest, point, rng, self.batch).schedule(self.nest)
 
     def _prints(self, schedule: Schedule) -> bool:
         try:

@@ -21,7 +21,7 @@ from .product import Product, Skews, of_tiles, splits
 from .roles import added, image_and_other, possible, roles_of, sides
 from .schedule import rewritten
 from .skew import Skew, patch_name, shifted_by
-from .space_triton import Tile, another_split, power
+from .space_triton import BATCH, Tile, another_split, power
 from .words import ITEM_BYTES, WARP, WORD_BYTES
 
 LEAST, MOST = 16, 64
@@ -85,18 +85,20 @@ def _words(tensor: Tensor, step: int) -> list[int]:
     return [w for w in (2, 4) if w <= most and not any(s % w for s in steps)] or [1]
 
 
-def families(nest: Nest) -> Iterator[tuple[list[Product], Callable[[Container[Tile]], Iterator[Product]]]]:
+def families(
+    nest: Nest, batch: int = BATCH
+) -> Iterator[tuple[list[Product], Callable[[Container[Tile]], Iterator[Product]]]]:
     """For each skewing: every tile once, and all products of some tiles."""
     # TF32 needs four times the registers and loads: 88 us where lanes took 46.
     if not possible(nest) or ITEM_BYTES[nest.tensors[0].dtype] > 2:
         return
     for skews in skewings(nest):
-        products = list(_products(nest, skews))
+        products = list(_products(nest, batch, skews))
         first = list({product.tile: product for product in reversed(products)}.values())
         yield first, partial(of_tiles, products)
 
 
-def _products(nest: Nest, skews: Skews) -> Iterator[Product]:
+def _products(nest: Nest, batch: int, skews: Skews) -> Iterator[Product]:
     whole = rewritten(nest, (), skews)
     roles = roles_of(whole)
     positions = roles.positions[-2:]
@@ -111,7 +113,7 @@ def _products(nest: Nest, skews: Skews) -> Iterator[Product]:
         results = math.prod(c for a, c in tile if not whole.is_reduce(a))
         held = results * rows[1] * others[1] / (WARP * warps)
         if HELD[0] <= held <= HELD[1] and rows[1] >= LEAST * warps:
-            for split in splits(whole, (rows, others, depth), tile):
+            for split in splits(whole, (rows, others, depth), tile, batch):
                 yield Product(rows, others, depth, (), skews, tile, split, warps, 1, 0, across)
 
 
@@ -128,7 +130,7 @@ def _tiles(nest: Nest) -> list[Tile]:
     return [tile for tile in tiles if math.prod(c for _, c in tile) <= PRODUCTS]
 
 
-def mutate(nest: Nest, product: Product, rng: random.Random) -> Product:
+def mutate(nest: Nest, product: Product, rng: random.Random, batch: int = BATCH) -> Product:
     """A product that differs in one choice: positions, the window, the split, warps or the order of loads."""
     choice = rng.randrange(5)
     whole = rewritten(nest, product.pack, product.skew)
@@ -140,7 +142,7 @@ def mutate(nest: Nest, product: Product, rng: random.Random) -> Product:
     if choice == 1:
         return replace(product, tile=rng.choice(_tiles(whole)))
     if choice == 2:
-        options = splits(whole, (product.rows, product.cols, product.depth), product.tile)
+        options = splits(whole, (product.rows, product.cols, product.depth), product.tile, batch)
         return replace(product, split=another_split(whole, product.split, options, rng))
     if choice == 3:
         return replace(product, warps=rng.choice((1, 2, 4, 8)))

@@ -21,7 +21,7 @@ from .product import Packs, Product, Side, of_tiles, splits
 from .roles import Roles, batches, possible, roles_of, sides
 from .schedule import rewritten
 from .space_cpp import phases
-from .space_triton import Tile, another_split, power
+from .space_triton import BATCH, Tile, another_split, power
 from .words import WARP
 
 MAX_PRODUCTS = 54
@@ -53,7 +53,9 @@ def packings(nest: Nest) -> list[Packs]:
     return found
 
 
-def families(nest: Nest) -> Iterator[tuple[list[Product], Callable[[Container[Tile]], Iterator[Product]]]]:
+def families(
+    nest: Nest, batch: int = BATCH
+) -> Iterator[tuple[list[Product], Callable[[Container[Tile]], Iterator[Product]]]]:
     """For each packing and choice of positions: every tile once, and all products of some tiles."""
     if not possible(nest):
         return
@@ -66,7 +68,7 @@ def families(nest: Nest) -> Iterator[tuple[list[Product], Callable[[Container[Ti
         if not all((roles.image, roles.other, roles.depth)):
             continue
         for positions in _runs(whole, roles.positions):
-            products = list(_products(whole, roles, packs, positions))
+            products = list(_products(whole, batch, roles, packs, positions))
             small = {p.tile: p for p in products if math.prod(n for _, n in p.sides.values()) <= TYPICAL}
             first = list(({p.tile: p for p in reversed(products)} | small).values())
             yield first, partial(of_tiles, products)
@@ -78,7 +80,9 @@ def _runs(nest: Nest, axes: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [tuple(long[start:]) for start in range(len(long))]
 
 
-def _products(nest: Nest, roles: Roles, packs: Packs, positions: tuple[str, ...]) -> Iterator[Product]:
+def _products(
+    nest: Nest, batch: int, roles: Roles, packs: Packs, positions: tuple[str, ...]
+) -> Iterator[Product]:
     blocks = tuple((a, p) for a, p in phases(nest).items() if a in positions)
     steps = math.prod(-(-(nest.extent(a) or 1) // dict(blocks).get(a, 1)) for a in positions)
     most = max(LEAST, power(steps, POSITIONS[-1]))
@@ -90,10 +94,11 @@ def _products(nest: Nest, roles: Roles, packs: Packs, positions: tuple[str, ...]
         image, depth = (place, own) if roles.along else (own, place)
         for rows, cols in ((image, other), (other, image)):
             for warps, split in itertools.product(
-                _warps(nest, rows, cols, tile), splits(nest, (rows, cols, depth), tile)
+                _warps(nest, rows, cols, tile), splits(nest, (rows, cols, depth), tile, batch)
             ):
                 product = Product(rows, cols, depth, packs, (), tile, split, warps, *STRAIGHT)
-                yield replace(product, stages=LOOPED[0], ahead=LOOPED[1]) if product.loops(nest) else product
+                looped = product.loops(nest, batch)
+                yield replace(product, stages=LOOPED[0], ahead=LOOPED[1]) if looped else product
 
 
 def _channels(nest: Nest, axes: tuple[str, ...]) -> list[Side]:
@@ -153,7 +158,7 @@ def _tiles(nest: Nest, positions: tuple[str, ...], blocks: Tile) -> list[Tile]:
     return found
 
 
-def mutate(nest: Nest, product: Product, rng: random.Random) -> Product:
+def mutate(nest: Nest, product: Product, rng: random.Random, batch: int = BATCH) -> Product:
     """A product that differs in one choice: a count, what is unrolled, the split, warps or stages."""
     choice = rng.randrange(5)
     if choice == 0:
@@ -169,7 +174,7 @@ def mutate(nest: Nest, product: Product, rng: random.Random) -> Product:
         blocks = tuple((a, c) for a, c in product.tile if a in positions)
         return replace(product, tile=rng.choice(_tiles(whole, positions, blocks)))
     if choice == 2:
-        options = splits(whole, (product.rows, product.cols, product.depth), product.tile)
+        options = splits(whole, (product.rows, product.cols, product.depth), product.tile, batch)
         return replace(product, split=another_split(whole, product.split, options, rng))
     if choice == 3:
         return replace(product, warps=rng.choice((1, 2, 4, 8)))

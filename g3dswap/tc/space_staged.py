@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -26,8 +26,8 @@ from .roles import Roles, added, batches, image_and_other, possible, roles_of, s
 from .schedule import apply, fused_name, rewritten
 from .skew import Skew, patch_name, shifted_by
 from .source import source
-from .space_cpp import phases
-from .space_triton import Split, Tile, of_reductions, steps_outside
+from .space_cpp import phases, reduces
+from .space_triton import BATCH, Split, Tile, of_reductions, steps_outside
 from .words import ITEM_BYTES
 
 FORMS = 6
@@ -48,6 +48,8 @@ APART = 1.6
 WINDOWS = (1, 2, 4, 8)
 WALKS = (2, 3, 4, 6, 8)
 """Steps of a walk: parts of the image that a program copies, each while it multiplies the one before."""
+WALKERS = 100
+"""Programs that a walk along the batch leaves, at least."""
 MOST_WARPS, FEW_WARPS = 8, (8, 4, 2)
 """Warps that share positions: at most, and at most where not all numbers of them are compared."""
 TEAMS = (2, 4, 8)
@@ -65,12 +67,14 @@ PRODUCTS = 1024
 Form = tuple[Packs, Skews]
 
 
-def families(nest: Nest) -> Iterator[tuple[list[Product], Callable[[Container[Tile]], Iterator[Product]]]]:
+def families(
+    nest: Nest, batch: int = BATCH
+) -> Iterator[tuple[list[Product], Callable[[Container[Tile]], Iterator[Product]]]]:
     """For each way to pack and skew: every tile once, and all products of some tiles."""
     if not possible(nest):
         return
     for form in forms(nest):
-        found = products(nest, form, thorough=False)
+        found = products(nest, form, batch, thorough=False)
         first = list({product.tile: product for product in reversed(found)}.values())
         yield first, partial(of_tiles, found)
 
@@ -101,7 +105,7 @@ def forms(nest: Nest) -> list[Form]:
 def _prints(nest: Nest, form: Form) -> bool:
     """Whether fragments of a form lie together: those of a small product do if those of any do."""
     for product in sorted(
-        products(nest, form, thorough=False), key=lambda p: math.prod(n for _, n in p.sides.values())
+        products(nest, form, BATCH, thorough=False), key=lambda p: math.prod(n for _, n in p.sides.values())
     )[:TRIED]:
         schedule = product.schedule(nest)
         try:
@@ -168,16 +172,16 @@ def _rank(nest: Nest, form: Form) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def products(nest: Nest, form: Form, thorough: bool = True) -> list[Product]:
+def products(nest: Nest, form: Form, batch: int, thorough: bool = True) -> list[Product]:
     """The products of a nest that is packed and skewed in one way: all, or some of each tile."""
     whole = rewritten(nest, *form)
     roles = roles_of(whole)
     if not all((roles.image, roles.other, roles.depth)):
         return []
-    return list(_products(whole, roles, form, thorough))
+    return list(_products(whole, batch, roles, form, thorough))
 
 
-def _products(nest: Nest, roles: Roles, form: Form, thorough: bool) -> Iterator[Product]:
+def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) -> Iterator[Product]:
     image, other = image_and_other(nest)
     high, wide = _steps(nest, roles.channels), _steps(nest, roles.other)
     whole = deep_of(nest) if roles.along else ROWS
@@ -201,12 +205,12 @@ def _products(nest: Nest, roles: Roles, form: Form, thorough: bool) -> Iterator[
                 continue
             three = rows, share, depth
             if roles.along:
-                found = _walks(nest, place, outside, dict(window), thorough)
+                found = _walks(nest, batch, three, (*tile, *apart), outside, thorough)
             else:
-                found = splits(nest, three, (*tile, *apart), PROGRAMS)
+                found = splits(nest, three, (*tile, *apart), batch, PROGRAMS, blocks=True)
             for split in found:
                 made = Product(*three, *form, tile, split, 1, 1, 0, staged=True, apart=apart)
-                looped = not roles.along and made.loops(nest)
+                looped = not roles.along and made.loops(nest, batch)
                 buffers = (1, 2) if looped else (1,)
                 numbers = [(count, 1) for _, count in apart] or _teams(sharing, looped, thorough)
                 for (warps, teams), stages in itertools.product(numbers, buffers):
@@ -275,16 +279,24 @@ def _windows(nest: Nest, axis: str | None) -> list[Tile]:
 
 
 def _walks(
-    nest: Nest, place: Side, outside: str | None, window: Mapping[str, int], thorough: bool
+    nest: Nest, batch: int, sides: Sequence[Side], tile: Tile, outside: str | None, thorough: bool
 ) -> list[Split]:
-    """No walk, and walks along the positions outside of a program's, of steps that leave little over."""
+    """No walk, and walks of steps that leave little over: along the positions outside of a program's, and
+    along the batch where that leaves programs enough."""
     found: list[Split] = [()]
-    name = fused_name(place[0])
-    inside = phases(nest)
-    inside |= {axis: inside.get(axis, 1) * count for axis, count in window.items()}
-    steps = steps_outside(nest, {name: place}, inside)
-    for axis in (outside, name) if outside else (name,):
-        fitting = [n for n in WALKS if n <= steps[axis] and -(-steps[axis] // n) * n <= WASTED * steps[axis]]
+    (positions, _), *_ = sides
+    name, inside = fused_name(positions), phases(nest)
+    inside |= {axis: inside.get(axis, 1) * count for axis, count in tile if axis not in positions}
+    steps = steps_outside(nest, {fused_name(axes): (axes, count) for axes, count in sides}, inside, batch)
+    programs = math.prod(count for axis, count in steps.items() if not reduces(nest, axis))
+    images = [axis.name for axis in nest.axes if axis.extent is None]
+    for axis in [*filter(None, (outside, name)), *images]:
+        most = programs // WALKERS if axis in images else steps[axis]
+        fitting = [
+            n
+            for n in WALKS
+            if n <= min(most, steps[axis]) and -(-steps[axis] // n) * n <= WASTED * steps[axis]
+        ]
         found += [((axis, n),) for n in (fitting if thorough else fitting[-1:])]
     return found
 
@@ -350,19 +362,20 @@ def _is_small(nest: Nest, tile: Tile, rows: Side, cols: Side, depth: Side, along
     )
 
 
-def mutate(nest: Nest, product: Product, rng: random.Random) -> Product:
+def mutate(nest: Nest, product: Product, rng: random.Random, batch: int = BATCH) -> Product:
     """A product of the same form that differs in a choice: positions, tile, split, warps or buffers."""
     form = product.pack, product.skew
     own = _choices(rewritten(nest, *form), product)
-    near = [p for choices, p in _described(nest, form) if sum(a != b for a, b in zip(own, choices)) == 1]
+    every = _described(nest, form, batch)
+    near = [p for choices, p in every if sum(a != b for a, b in zip(own, choices)) == 1]
     return rng.choice(near) if near else product
 
 
 @functools.lru_cache(maxsize=64)
-def _described(nest: Nest, form: Form) -> list[tuple[tuple[object, ...], Product]]:
+def _described(nest: Nest, form: Form, batch: int) -> list[tuple[tuple[object, ...], Product]]:
     """All products of a form, each with its choices."""
     whole = rewritten(nest, *form)
-    return [(_choices(whole, product), product) for product in products(nest, form)]
+    return [(_choices(whole, product), product) for product in products(nest, form, batch)]
 
 
 def _choices(nest: Nest, product: Product) -> tuple[object, ...]:

@@ -44,7 +44,7 @@ WALKS = (2, 4, 8)
 """Steps of a walk."""
 
 BATCH = 4
-"""The batch that is assumed where programs are counted."""
+"""The batch that is assumed where nobody says how large it is."""
 
 Lanes = tuple[tuple[tuple[str, ...], int], ...]
 Tile = tuple[tuple[str, int], ...]
@@ -197,7 +197,9 @@ def tiles(nest: Nest, lanes: Lanes) -> list[Tile]:
     return found or few
 
 
-def families(nest: Nest) -> Iterator[tuple[list[Point], Callable[[Container[Tile]], Iterator[Point]]]]:
+def families(
+    nest: Nest, batch: int = BATCH
+) -> Iterator[tuple[list[Point], Callable[[Container[Tile]], Iterator[Point]]]]:
     """For each choice of axes for the lanes: every tile with one count of lanes, and some tiles with all."""
     by_axes: dict[tuple[tuple[str, ...], ...], list[Lanes]] = {}
     for lanes in lane_sets(nest):
@@ -205,36 +207,36 @@ def families(nest: Nest) -> Iterator[tuple[list[Point], Callable[[Container[Tile
     for sets in by_axes.values():
         unrolled = tiles(nest, sets[0])
         typical = sets[len(sets) // 2]
-        first = [p for tile in unrolled for p in _points(nest, typical, tile)[:1]]
-        yield first, partial(_of_tiles, nest, sets, unrolled)
+        first = [p for tile in unrolled for p in _points(nest, batch, typical, tile)[:1]]
+        yield first, partial(_of_tiles, nest, batch, sets, unrolled)
 
 
 def _of_tiles(
-    nest: Nest, sets: Sequence[Lanes], unrolled: Sequence[Tile], wanted: Container[Tile]
+    nest: Nest, batch: int, sets: Sequence[Lanes], unrolled: Sequence[Tile], wanted: Container[Tile]
 ) -> Iterator[Point]:
     for lanes in sets:
         for tile in unrolled:
             if tile in wanted:
-                yield from _points(nest, lanes, tile)
+                yield from _points(nest, batch, lanes, tile)
 
 
-def _points(nest: Nest, lanes: Lanes, tile: Tile) -> list[Point]:
+def _points(nest: Nest, batch: int, lanes: Lanes, tile: Tile) -> list[Point]:
     elements = math.prod(width for _, width in lanes)
     warps = max(1, min(8, elements // WARP))
     own = math.prod(c for a, c in tile if not nest.is_reduce(a)) * math.prod(phases(nest).values())
     terms = math.prod(c for _, c in tile) * max(1, elements // (WARP * warps))
     if elements * own > MAX_ELEMENTS or terms > MAX_TERMS:
         return []
-    return [Point(lanes, tile, split, warps) for split in splits(nest, lanes, tile)]
+    return [Point(lanes, tile, split, warps) for split in splits(nest, lanes, tile, batch)]
 
 
-def splits(nest: Nest, lanes: Lanes, tile: Tile) -> list[Split]:
+def splits(nest: Nest, lanes: Lanes, tile: Tile, batch: int = BATCH) -> list[Split]:
     if _batched(nest):
         return [(), *_walks(nest, lanes, dict(tile))]
     own = {fused_name(axes): (axes, width) for axes, width in lanes}
     warps = max(1, math.prod(width for _, width in lanes) // WARP)
     more = () if warps >= WARPS else (PROGRAMS[-1] * WARPS // warps,)
-    return split_reductions(nest, own, dict(tile), (*PROGRAMS, *more))
+    return split_reductions(nest, own, dict(tile), batch, (*PROGRAMS, *more))
 
 
 def _walks(nest: Nest, lanes: Lanes, tile: Mapping[str, int]) -> Iterator[Split]:
@@ -252,9 +254,9 @@ def _walks(nest: Nest, lanes: Lanes, tile: Mapping[str, int]) -> Iterator[Split]
 
 
 def steps_outside(
-    nest: Nest, own: Mapping[str, tuple[tuple[str, ...], int]], counts: Mapping[str, int]
+    nest: Nest, own: Mapping[str, tuple[tuple[str, ...], int]], counts: Mapping[str, int], batch: int = BATCH
 ) -> dict[str, int]:
-    """How many steps each axis, flattened or not, has outside of a program's tile; of the batch, `BATCH`.
+    """How many steps each axis, flattened or not, has outside of a program's tile.
 
     own: by name, the axes that the tile runs along and its steps there; counts: what is unrolled.
     """
@@ -262,7 +264,7 @@ def steps_outside(
     found = {}
     for name in [*own, *(a.name for a in nest.axes if a.name not in parts)]:
         axes, width = own.get(name, ((name,), 1))
-        extents = [-(-(nest.extent(a) or BATCH) // counts.get(a, 1)) for a in axes]
+        extents = [-(-(nest.extent(a) or batch) // counts.get(a, 1)) for a in axes]
         found[name] = -(-math.prod(extents) // width)
     return found
 
@@ -271,18 +273,21 @@ def split_reductions(
     nest: Nest,
     own: Mapping[str, tuple[tuple[str, ...], int]],
     counts: Mapping[str, int],
+    batch: int = BATCH,
     wanted: Sequence[int] = PROGRAMS,
+    blocks: bool = False,
 ) -> list[Split]:
     """Reductions to split so that there are enough programs: the batch first, then the longest.
 
     own, counts: as for `steps_outside`.  wanted: numbers of programs, about; for each there is a choice.
+    blocks: whether a program may have a block of the batch, and not only all of it or one step.
     Nothing is split where the result has the batch.
     """
     if _batched(nest):
         return [()]
     programs = 1
     reductions = []
-    for name, steps in steps_outside(nest, own, counts).items():
+    for name, steps in steps_outside(nest, own, counts, batch).items():
         if not reduces(nest, name):
             programs *= steps
         elif steps > 1:
@@ -291,11 +296,12 @@ def split_reductions(
     found = []
     for most in wanted:
         chosen, many = [], programs
-        for batch, steps, name in sorted(reductions, reverse=True):
+        for batched, steps, name in sorted(reductions, reverse=True):
             if many < most:
-                chunk = 1 if batch else max(1, steps * many // most)
-                chosen.append((name, chunk))
-                many *= -(-steps // chunk)
+                longest = 1 if batched and not blocks else max(1, steps * many // most)
+                number = -(-steps // longest)
+                chosen.append((name, -(-steps // number)))  # alike, if they can be
+                many *= number
         found.append(tuple(chosen))
     return list(dict.fromkeys(found))
 
@@ -313,7 +319,7 @@ def another_split(nest: Nest, split: Split, options: Sequence[Split], rng: rando
     return rng.choice([*options, halved, doubled])
 
 
-def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
+def mutate(nest: Nest, point: Point, rng: random.Random, batch: int = BATCH) -> Point:
     """A point that differs in one choice: a lane count, an unroll count, a split reduction, the warps."""
     choice = rng.randrange(4)
     if choice == 0:
@@ -324,7 +330,7 @@ def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
     if choice == 1:
         return replace(point, tile=_near(tiles(nest, point.lanes), point.tile, rng))
     if choice == 2:
-        options = splits(nest, point.lanes, point.tile)
+        options = splits(nest, point.lanes, point.tile, batch)
         return replace(point, split=another_split(nest, point.split, options, rng))
     return replace(point, warps=rng.choice((1, 2, 4, 8)))
 

@@ -119,7 +119,15 @@ def test_the_verifier_sees_broken_nests(change, message: str) -> None:  # type: 
 @pytest.mark.parametrize(
     ("text", "fuse", "stage", "message"),
     [
-        ("n 2 grid | " + FORWARD_LOOPS[14:] + REDUCTIONS, (), (), "batch n is split"),
+        ("n 2 grid | " + FORWARD_LOOPS[14:] + REDUCTIONS, (), (), "digits of the batch n are"),
+        (FORWARD_LOOPS + "n 2 serial | n 2 serial | " + REDUCTIONS, (), (), "digits of the batch n are"),
+        (FORWARD_LOOPS + REDUCTIONS + " | n 2 unroll", (), (), "a part of the batch n is bound to unroll"),
+        (
+            FORWARD_LOOPS + "n 2 serial | " + REDUCTIONS,
+            (),
+            (("I", 6),),
+            "I is staged for blocks of the batch n",
+        ),
         (FORWARD_LOOPS + REDUCTIONS + " | x 4 unroll", (), (), "has no axis 'x'"),
         (FORWARD_LOOPS + REDUCTIONS + " | w rest lanes", (), (), "only the first digit of w"),
         (FORWARD_LOOPS + REDUCTIONS, (("n", "g"),), (), "batch axis n cannot be flattened"),

@@ -22,6 +22,7 @@ from g3dswap.tc.print_triton import print_triton
 from g3dswap.tc.product import Product
 from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space_staged import families
+from g3dswap.tc.space_triton import BATCH
 from g3dswap.tc.sums_cuda import SHARED
 from tests.emulated import emulated
 from tests.geometries import TOLERANCE, Case, error, expected, operands
@@ -51,9 +52,9 @@ def problem_of(direction: str, geometry: Geometry, layout: str = "contiguous", b
     return Problem(direction, geometry, torch.bfloat16, layout, bias=bias and direction == "forward")
 
 
-def products(nest: Nest) -> list[Product]:
+def products(nest: Nest, batch: int = BATCH) -> list[Product]:
     """All that the space proposes for a nest."""
-    return every(families(nest))
+    return every(families(nest, batch))
 
 
 def tolerance(problem: Problem) -> float:
@@ -173,6 +174,39 @@ def test_on_a_walk_the_next_part_is_on_its_way(direction: str, name: str, layout
     random.Random(name + direction).shuffle(found)
     kernel = checked(Case(problem, 2, 8), found, most=40)
     assert kernel is not None and "fetch(step + 1)" in kernel.source and "step % 2" in kernel.source
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("name", ["sixteen channels a group", "strided", "a multiplier"])
+@pytest.mark.parametrize("direction", PASSES)
+def test_a_program_has_a_block_of_the_batch(direction: str, name: str, layout: str) -> None:
+    """The last one is short, and may have one image only; a smaller batch is a part of one block."""
+    problem = problem_of(direction, GEOMETRIES[name], layout, bias=True)
+    found = [
+        replace(p, split=(("n", 3), *(pair for pair in p.split if pair[0] != "n")))
+        for p in products(nest_of(problem))
+    ]
+    random.Random(name + direction).shuffle(found)
+    kernel = checked(Case(problem, 8, 5), found, most=40)
+    assert kernel is not None and kernel.nest.block_of_batch == 3
+    assert (kernel.partial_counts or (0,))[0] == (None if direction == "grad_weight" else 0)
+    for batch in (7, 2, 1):
+        check(Case(problem, batch, batch), kernel)
+
+
+@pytest.mark.parametrize(("batch", "longest"), [(64, 8), (16, 2), (8, 1)])
+def test_blocks_leave_programs_enough(batch: int, longest: int) -> None:
+    geometry = replace(GEOMETRIES["sixteen channels a group"], in_channels=256, out_channels=256, groups=16)
+    nest = nest_of(problem_of("forward", geometry))
+    whole = [p for p in products(nest, batch) if p.rows[1] == 98 and p.cols[1] == 16 and not p.apart]
+    assert max(dict(p.split).get("n", 1) for p in whole) == longest
+
+
+def test_sums_of_blocks_are_as_long_as_each_other() -> None:
+    geometry = replace(GEOMETRIES["sixteen channels a group"], in_channels=256, out_channels=256, groups=16)
+    nest = nest_of(problem_of("grad_weight", geometry))
+    blocks = {dict(p.split)["n"] for p in products(nest, 30) if "n" in dict(p.split)}
+    assert blocks >= {1, 8, 15} and 16 not in blocks  # 30 images in 30, 4 and 2 blocks
 
 
 def test_walks_that_are_none_are_refused() -> None:
