@@ -140,7 +140,28 @@ template <int GROUPS> static void arrived() {
   }
   __syncthreads();
 }
-static u32 loaded(u32 at) {
+static void clear(unsigned char* at, int bytes, int thread, int threads) {
+  for (int e = thread * 16; e < bytes; e += threads * 16) {
+    inside(at + e, 16);
+    memset(at + e, 0, 16);
+  }
+}
+#if @SINGLE@
+static u32 nearest(u32 x) { return (x & 0x7fffffffu) > 0x7f800000u ? x : (x + 0x1000u) & ~0x1fffu; }
+#else
+static u32 nearest(u32 x) { return x; }
+#endif
+static u16 settled(u16 x) { return x; }
+static float settled(float x) { u32 y; memcpy(&y, &x, 4); return bits(nearest(y)); }
+template <int WIDTH, class T> static void gather(T* to, const T* from, int stride) {
+  aligned(to, WIDTH * sizeof(T));
+  inside(to, WIDTH * sizeof(T));
+  for (int i = 0; i < WIDTH; ++i) {
+    inside(from + i * stride, sizeof(T));
+    to[i] = settled(from[i * stride]);
+  }
+}
+static u32 word(u32 at) {
   inside(memory + at, 4);
   aligned(memory + at, 4);
   u32 found;
@@ -164,15 +185,11 @@ template <int COUNT> static void exchange(u32 (&to)[COUNT], u32 at, bool turned)
     }
   wait_at(AT_WARP);
 }
-#if @SINGLE@
-static u32 rounded(u32 x) { return (x & 0x7fffffffu) > 0x7f800000u ? x : (x + 0x1000u) & ~0x1fffu; }
-#else
-static u32 rounded(u32 x) { return x; }
-#endif
-static u32 word(u32 at) { return rounded(loaded(at)); }
-static void matrices(u32 (&to)[4], u32 at) {
+static u32 rounded_word(u32 at) { return nearest(word(at)); }
+static void matrices(u32 (&to)[4], u32 at) { exchange(to, at, false); }
+static void rounded_matrices(u32 (&to)[4], u32 at) {
   exchange(to, at, false);
-  for (u32& x : to) x = rounded(x);
+  for (u32& x : to) x = nearest(x);
 }
 template <int COUNT> static void transposed(u32 (&to)[COUNT], u32 at) { exchange(to, at, true); }
 static void transposed(u32 (&first)[2], u32 (&second)[2], u32 at) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .box import WIDEST, Box, Dim
@@ -16,7 +17,7 @@ MOST_UNROLLED = 8
 
 
 @dataclass
-class _Run:
+class Run:
     """A loop of a copy: its steps, how far each moves in the tensor and in the box, and what is to be tested.
 
     width: how many steps one copy brings.  What lies side by side in the tensor and what does so in the box
@@ -26,16 +27,17 @@ class _Run:
     count: int
     stride: int
     pitch: int
-    tested: Dim | None
+    tested: Dim | None = None
     width: int = 1
 
     @property
     def steps(self) -> int:
         return -(-self.count // self.width)
 
-    def goes_on(self, dim: Dim) -> bool:
-        """Whether a dimension begins where this loop ends."""
-        return dim.stride == self.count * self.stride and dim.pitch == self.count * self.pitch
+    def goes_on(self, run: Run) -> bool:
+        """Whether another loop begins where this one ends, and nothing of either is to be tested."""
+        here = run.stride == self.count * self.stride and run.pitch == self.count * self.pitch
+        return here and self.tested is None and run.tested is None
 
 
 def write_copy(text: CudaText, box: Box, to: str, threads: int, thread: str = "thread") -> None:
@@ -48,19 +50,25 @@ def write_copy(text: CudaText, box: Box, to: str, threads: int, thread: str = "t
     fixed = [
         f"(unsigned)({text.form(dim.base)}) < {dim.extent}u"
         for d, dim in enumerate(box.dims)
-        if d not in box.order and not _is_inside(text, dim)
+        if d not in box.order and not is_inside(text, dim)
     ]
     with text.block():
         text.emit(f"{text.kind}* to = reinterpret_cast<{text.kind}*>({to});")
         text.emit(f"const {text.kind}* from = {tensor.name} + ({text.form(base, kind='(i64)')});")
         if fixed:
             text.emit(f"const bool here = {' && '.join(fixed)};")
-        _write_loops(text, tensor.name, runs, threads, thread, bool(fixed))
+
+        def copy(to: str, offset: str) -> None:
+            _write_one(text, tensor.name, runs, bool(fixed), to, offset)
+
+        write_loops(text, runs, threads, thread, copy)
 
 
-def _write_loops(
-    text: CudaText, tensor: str, runs: list[_Run], threads: int, thread: str, fixed: bool
+def write_loops(
+    text: CudaText, runs: list[Run], threads: int, thread: str, one: Callable[[str, str], None]
 ) -> None:
+    """Loops of so many threads over all steps; `one` writes what is done at each, of which it is told how far
+    it is in the box and in the tensor."""
     inside = _goes_inside(runs, threads)
     decoded = runs[:-1] if inside else runs
     total = math.prod(run.steps for run in decoded)
@@ -76,16 +84,20 @@ def _write_loops(
                     f"const int x{place} = {rest} % {run.steps}{scale}, e{place} = {rest} / {run.steps};"
                 )
                 rest = f"e{place}"
+        to, offset = (
+            " + ".join(f"x{place} * {step}" for place, step in enumerate(steps))
+            for steps in ((run.pitch for run in runs), (run.stride for run in runs))
+        )
         if not inside:
-            _write_one(text, tensor, runs, fixed)
+            one(to, offset)
             return
         place, run = len(decoded), runs[-1]
         text.emit("#pragma unroll")
         with text.block(f"for (int x{place} = 0; x{place} < {run.count}; x{place} += {run.width})"):
-            _write_one(text, tensor, runs, fixed)
+            one(to, offset)
 
 
-def _goes_inside(runs: list[_Run], threads: int) -> bool:
+def _goes_inside(runs: list[Run], threads: int) -> bool:
     """Whether the outermost loop goes inside: what its steps have in common is worked out once then."""
     if len(runs) == 1 or runs[-1].steps > MOST_NESTED:
         return False
@@ -94,9 +106,7 @@ def _goes_inside(runs: list[_Run], threads: int) -> bool:
     return nested * NESTED < rounds * DECODED
 
 
-def _write_one(text: CudaText, tensor: str, runs: list[_Run], fixed: bool) -> None:
-    to = " + ".join(f"x{place} * {run.pitch}" for place, run in enumerate(runs))
-    offset = " + ".join(f"x{place} * {run.stride}" for place, run in enumerate(runs))
+def _write_one(text: CudaText, tensor: str, runs: list[Run], fixed: bool, to: str, offset: str) -> None:
     first, pair = runs[0], next((place for place, run in enumerate(runs) if place and run.width > 1), None)
     text.emit(f"const bool some = {_tests(text, runs, fixed) or 'true'};")
     if pair is None:
@@ -107,7 +117,7 @@ def _write_one(text: CudaText, tensor: str, runs: list[_Run], fixed: bool) -> No
     text.emit(f"turn<{first.width}>(to + ({to}), {first.pitch}, at, at + {runs[pair].stride}, some, more);")
 
 
-def _tests(text: CudaText, runs: list[_Run], fixed: bool, next_of: int | None = None) -> str:
+def _tests(text: CudaText, runs: list[Run], fixed: bool, next_of: int | None = None) -> str:
     """Whether the tensor has an element, or the next one along a loop; "" where it always has."""
     tests = ["here"] if fixed else []
     for place, run in enumerate(runs):
@@ -119,19 +129,10 @@ def _tests(text: CudaText, runs: list[_Run], fixed: bool, next_of: int | None = 
     return " && ".join(tests)
 
 
-def _runs(text: CudaText, box: Box, base: Linear) -> list[_Run]:
-    """The loops of a copy, the nearest elements first, so that neighbouring threads read those.
-
-    Dimensions that are whole and follow each other in the tensor and in the box are one loop.
-    """
-    runs: list[_Run] = []
-    for d in sorted(box.order, key=lambda d: box.dims[d].stride):
-        dim = box.dims[d]
-        tested = None if _is_inside(text, dim) else dim
-        if runs and tested is runs[-1].tested is None and runs[-1].goes_on(dim):
-            runs[-1].count *= dim.span
-        else:
-            runs.append(_Run(dim.span, dim.stride, dim.pitch, tested))
+def _runs(text: CudaText, box: Box, base: Linear) -> list[Run]:
+    """The loops of a copy, the nearest elements first, so that neighbouring threads read those."""
+    dims = sorted((box.dims[d] for d in box.order), key=lambda dim: dim.stride)
+    runs = merged(Run(d.span, d.stride, d.pitch, None if is_inside(text, d) else d) for d in dims)
     first = runs[0]
     if first.stride == first.pitch == 1:
         first.width = box.width
@@ -151,7 +152,18 @@ def _runs(text: CudaText, box: Box, base: Linear) -> list[_Run]:
     return runs
 
 
-def _is_inside(text: CudaText, dim: Dim) -> bool:
+def merged(runs: Iterable[Run]) -> list[Run]:
+    """The same loops, those in one that follow each other in the tensor and in the box."""
+    found: list[Run] = []
+    for run in runs:
+        if found and found[-1].goes_on(run):
+            found[-1].count *= run.count
+        else:
+            found.append(run)
+    return found
+
+
+def is_inside(text: CudaText, dim: Dim) -> bool:
     """Whether the tensor has all elements of a dimension of a box."""
     if dim.extent is None:
         return True

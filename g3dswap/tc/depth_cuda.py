@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..errors import ScheduleError
+from .arrivals_cuda import arrivals_of
 from .box import box_of
-from .copies_cuda import write_copy
 from .fragments_cuda import DepthFragments
 from .loads_cuda import DepthLoads, TurnedLoads, WordLoads
 from .nest import Access, Nest
@@ -27,8 +27,8 @@ from .words import WARP
 class DepthProgram(Program):
     """buffers: parts of a team that there is room for.  teams: of warps, each with every so-many-th part."""
 
-    def __init__(self, nest: Nest, warps: int, buffers: int, teams: int) -> None:
-        super().__init__(nest, warps)
+    def __init__(self, nest: Nest, warps: int, buffers: int, teams: int, whole: bool) -> None:
+        super().__init__(nest, warps, whole)
         if self.walks:
             raise ScheduleError("a program that sums positions has the same results throughout.")
         if warps % teams or (self.apart and teams > 1):
@@ -46,17 +46,32 @@ class DepthProgram(Program):
         each = self.rows * self.cols
         self.check_size(self.sums * each * 4, len(points) * each)
         factors = self.fragments(self.image, "rows", points), self.fragments(self.other, "cols", points)
+        parts = arrivals_of(self, [factor.box for factor in factors], self.whole)
         before = self.shared
-        starts = [self.take(factor.box.size * self.item) - before for factor in factors]
+        starts = [self.take(part.fetched) - before for part in parts]
         size = self.shared - before
         self.take(size * (self.buffers * self.teams - 1))
-        loads = (TurnedLoads if self.pair > 1 else WordLoads)(self, *factors, starts)
+        behind = self.shared
+        places = [self.take(part.placed) - behind for part in parts]
+        room = self.shared - behind
+        self.take(room * (self.teams - 1))
         buffer = f"{before}" + (f" + round % {self.buffers} * {size}" if self.buffers > 1 else "")
-        step, rounds = "round", "steps"
+        own, step, rounds = f"{behind}", "round", "steps"
         if self.teams > 1:
             self.emit(f"const int team = thread / {self.members}, member = thread % {self.members};")
             buffer += f" + team * {size * self.buffers}"
+            own += f" + team * {room}"
             step, rounds = f"round * {self.teams} + team", f"(steps + {self.teams - 1}) / {self.teams}"
+        begins = [
+            part.begin(f"buffer + {start}", f"address(memory) + {own} + {place}")
+            for part, start, place in zip(parts, starts, places)
+        ]
+        for factor, part in zip(factors, parts):
+            factor.is_rounded = part.settles
+        loads = (TurnedLoads if self.pair > 1 else WordLoads)(self, *factors, begins)
+        for part, place in zip(parts, places):
+            for team in range(self.teams):
+                part.clear(behind + place + team * room, self.threads)
         self.emit(f"float sum[{self.sums}][{self.rows}][{self.cols}][4] = {{}};")
         self.emit(f"const int steps = {' * '.join(self.count(i) for i in self.serial) or '1'};")
         self.emit(f"const int rounds = {rounds};")
@@ -65,14 +80,20 @@ class DepthProgram(Program):
             with self.own_part():
                 if self.serial:
                     self.decode(self.serial, "step")
-                for factor, start in zip(factors, starts):
-                    write_copy(self, factor.box, f"memory + {buffer} + {start}", self.members, self.member)
+                for part, start in zip(parts, starts):
+                    part.fetch(f"memory + {buffer} + {start}", self.members, self.member)
             self.emit("committed();")
         ahead = self.buffers > 1
         if ahead:
             self.emit("if (rounds > 0) fetch(0);")
         with self.rounds("round", "rounds", ahead):
             self.emit(f"const int step = {step};", f"const u32 buffer = address(memory) + {buffer};")
+            if any(part.settles for part in parts):
+                with self.own_part():
+                    for part, start, place in zip(parts, starts, places):
+                        there = f"memory + {buffer} + {start}", f"memory + {own} + {place}"
+                        part.settle(*there, self.members, self.member)
+                self.emit("__syncthreads();")
             with self.own_part():
                 self.multiply(loads, points)
         sums = DepthSums(self, self.sums, self.rows, self.cols)

@@ -80,7 +80,22 @@ def _address_of(
     return first if fits else None
 
 
-class RowFragments:
+class Fragments:
+    """What fragments of both factors have in common.
+
+    is_rounded: whether floats have been rounded to what a product takes.
+    """
+
+    program: Program
+    is_rounded = False
+
+    @property
+    def loads(self) -> str:
+        """What the names of functions that load fragments begin with."""
+        return "" if self.is_rounded or self.program.pair > 1 else "rounded_"
+
+
+class RowFragments(Fragments):
     """Fragments of an image whose positions are the rows.
 
     They come by `ldmatrix` where 16 bytes of a row lie together at a multiple of 16, else as single words.
@@ -131,14 +146,14 @@ class RowFragments:
         """Load a step of the depth; `moved` is how far it is from where the tile begins, in elements."""
         offset = self.program.form(moved * self.program.item)
         if self.unit == self.program.chunk:
-            self.program.emit(f"matrices(a, at{step} + ({offset}));")
+            self.program.emit(f"{self.loads}matrices(a, at{step} + ({offset}));")
             return
         loads = itertools.product((2 * step, 2 * step + 1), range(2))
         for i, (along, half) in enumerate(loads):
-            self.program.emit(f"a[{i}] = word(start{half} + along{along} + ({offset}));")
+            self.program.emit(f"a[{i}] = {self.loads}word(start{half} + along{along} + ({offset}));")
 
 
-class TapFragments:
+class TapFragments(Fragments):
     """Fragments of the other factor, which lies in shared memory as it does in its tensor.
 
     own: the loops inside that it depends on, the nearest elements last; their steps are its taps.
@@ -280,7 +295,7 @@ class TapFragments:
                 program.sides["cols"]: f"(lane / 4 + {col * COLS})",
             }
             at = f"({program.form(self.address, own)}) * {program.item}"
-            found = f"word(address(memory) + {self.begin} + {at})"
+            found = f"{self.loads}word(address(memory) + {self.begin} + {at})"
             program.emit(f"{to}[{half}] = {self._if_tied(found, own)};")
 
     def _tap(self, point: Env) -> str:
@@ -292,7 +307,7 @@ class TapFragments:
         return self.program.form(form)
 
 
-class DepthFragments:
+class DepthFragments(Fragments):
     """Fragments of a factor whose positions are the depth, turned around as they are loaded.
 
     side: along which eight elements lie together at a multiple of eight, rows of the image or columns.

@@ -17,13 +17,13 @@ LINES = "first", "second"
 
 
 class DepthLoads:
-    """image, other: the left operand and the right one, which begin at these places of a buffer.
+    """image, other: the left operand and the right one, which begin at these places.
 
     A piece of the depth is as deep as one product.  What is beyond the end is multiplied by zero.
     """
 
     def __init__(
-        self, program: Program, image: DepthFragments, other: DepthFragments, starts: Sequence[int]
+        self, program: Program, image: DepthFragments, other: DepthFragments, starts: Sequence[str]
     ) -> None:
         self.program, self.image, self.other, self.starts = program, image, other, starts
         self.deep, self.length = program.deep, program.nest.lengths["depth"]
@@ -50,7 +50,7 @@ class TurnedLoads(DepthLoads):
     """By `ldmatrix`, which takes the lines of a left operand and those of a right one in different orders."""
 
     def __init__(
-        self, program: Program, image: DepthFragments, other: DepthFragments, starts: Sequence[int]
+        self, program: Program, image: DepthFragments, other: DepthFragments, starts: Sequence[str]
     ) -> None:
         super().__init__(program, image, other, starts)
         self.nothing = program.take(16)
@@ -64,9 +64,9 @@ class TurnedLoads(DepthLoads):
             emit(f"const bool some = right < {self.length};")
         for row in range(rows):
             low, high = self.image.chunks[2 * row : 2 * row + 2]
-            begins = f"buffer + {self.starts[0]} + {self.image.begins('left')}"
+            begins = f"{self.starts[0]} + {self.image.begins('left')}"
             emit(f"const u32 from{row} = {begins} + (lane & 8 ? {high} : {low});")
-        emit(f"const u32 with = buffer + {self.starts[1]} + {self.other.begins('right')};")
+        emit(f"const u32 with = {self.starts[1]} + {self.other.begins('right')};")
 
     def load_image(self, row: int, at: int) -> None:
         self.program.emit(f"transposed(a, from{row} + {at});")
@@ -95,16 +95,21 @@ class WordLoads(DepthLoads):
                 emit(f"const bool some_{line} = {place} < {self.length};")
             factors = zip((line, f"with_{line}"), (self.image, self.other), self.starts)
             for name, factor, start in factors:
-                begin = f"buffer + {start} + {factor.begins(f'{line}_line')}"
+                begin = f"{start} + {factor.begins(f'{line}_line')}"
                 emit(f"const u32 {name} = {begin} + lane / 4 * {program.item};")
 
     def load_image(self, row: int, at: int) -> None:
         chunks = [chunk + at for chunk in self.image.chunks[2 * row : 2 * row + 2]]
-        self._load("a", (f"word({line} + {chunk})" for line, chunk in itertools.product(LINES, chunks)))
+        self._load(
+            "a",
+            (f"{self.image.loads}word({line} + {chunk})" for line, chunk in itertools.product(LINES, chunks)),
+        )
 
     def load_other(self, number: int, at: int) -> None:
         for col, chunk in enumerate(self.other.chunks):
-            words = (self._some(line, f"word(with_{line} + {chunk + at})") for line in LINES)
+            words = (
+                self._some(line, f"{self.other.loads}word(with_{line} + {chunk + at})") for line in LINES
+            )
             self._load(f"b[{number}][{col}]", words)
 
     def _load(self, to: str, words: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ sixth, and of nearly all layers the fastest was among the best fifth by this mod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .box import WIDEST
@@ -45,6 +46,8 @@ PRODUCT = 1.3
 """Issue slots of a product of fragments."""
 SCATTER = 2.0
 """Trips to the L1 cache for a warp's load of elements that are laid out."""
+GATHERED = 3.5
+"""Issue slots of a warp for an element that is gathered."""
 STORE, ADDED = 13.0, 6.0
 """Issue slots of a warp for storing a fragment's results, and for adding one to those of other warps."""
 WRITTEN, SINGLES = 4.0, 48.0
@@ -70,6 +73,7 @@ class _Part:
     """What a program copies of a factor at a time: elements, those of one copy, those that lie together.
 
     turned: what lies side by side in memory does not do so in shared memory.
+    slab: elements that are copied as they lie and then gathered; 0: none are.
     """
 
     elements: int
@@ -77,26 +81,41 @@ class _Part:
     together: int
     size: int
     turned: bool
+    slab: int = 0
 
     @property
     def bytes(self) -> float:
         """Of the sectors that hold them."""
+        if self.slab:
+            return self.slab * self.size
         return self.elements * self.size * max(1.0, SECTOR / (self.together * self.size))
 
     @property
     def copies(self) -> float:
         """Instructions of a warp."""
+        if self.slab:
+            return self.slab * self.size / WIDEST / WARP
         return self.elements / self.width / WARP
+
+    @property
+    def gathered(self) -> float:
+        """Issue slots of all warps that gather what has arrived."""
+        return self.slab / WARP * GATHERED
+
+    def room(self, buffers: int) -> float:
+        """Elements that there is room for, with so many buffers of what is copied."""
+        box = self.elements * PADDED
+        return box + self.slab * buffers if self.slab else box * buffers
 
     @property
     def is_async(self) -> bool:
         """Whether a thread goes on while its copies are under way."""
-        return not self.is_loaded and not self.turned
+        return bool(self.slab) or (not self.is_loaded and not self.turned)
 
     @property
     def is_loaded(self) -> bool:
         """Whether copies are loads and stores of single elements, which are no whole words."""
-        return self.width == 1 and self.size < REGISTER
+        return not self.slab and self.width == 1 and self.size < REGISTER
 
     def waits(self, threads: int) -> float:
         """How often a thread waits for loads, which copies of single elements are."""
@@ -111,7 +130,7 @@ class _Work:
     products: of fragments; trips: of warps to shared memory and the L1 cache; chain: products of the same
     sums that follow each other in one warp; arrivals: waits for copies; waits: for loads; copied: bytes;
     pieces: in which results are written, where no line of the cache is written whole; shares_depth: whether
-    warps have parts of a depth that is copied as it lies.
+    warps have parts of a depth that is copied as it lies; gathers: whether anything is gathered.
     """
 
     shared: float
@@ -126,19 +145,30 @@ class _Work:
     copied: float
     pieces: int = 0
     shares_depth: bool = False
+    gathers: bool = False
 
 
 def cost(
-    nest: Nest, warps: int, buffers: int = 1, teams: int = 1, batch: int = 4, room: int = MOST_SHARED
+    nest: Nest,
+    warps: int,
+    buffers: int = 1,
+    teams: int = 1,
+    whole: bool = False,
+    batch: int = 4,
+    room: int = MOST_SHARED,
 ) -> float:
     """Estimated seconds of a scheduled nest, run by programs of so many warps; infinite if none fits.
 
-    buffers, teams: as for `print_cuda`.
+    buffers, teams, whole: as for `print_cuda`.
     room: bytes of shared memory that a program can have.
     """
     programs, runs = runs_of(nest, batch)
-    work = _rows(nest, warps, runs) if roles_of(nest).along else _depth(nest, warps, runs, buffers, teams)
-    if work.shared > room or work.registers > HOPELESS:
+    work = (
+        _rows(nest, warps, runs, whole)
+        if roles_of(nest).along
+        else _depth(nest, warps, runs, buffers, teams, whole)
+    )
+    if work.shared > room or work.registers > HOPELESS or (whole and not work.gathers):
         return math.inf
     most = min(MOST_REGISTERS, REGISTERS // (WARP * warps))
     threads = min(most, work.registers) * WARP * warps
@@ -166,13 +196,13 @@ def _bytes(nest: Nest, batch: int) -> float:
     return whole + 2 * 4 * math.prod(e or batch for e in shape) * partials_of(nest, batch)
 
 
-def _rows(nest: Nest, warps: int, runs: int) -> _Work:
+def _rows(nest: Nest, warps: int, runs: int, whole: bool) -> _Work:
     image, other = image_and_other(nest)
     tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
     stage = nest.stage_of(image.tensor)
     assert stage is not None
     level = stage.level
-    part, groups = _part(nest, image, level), _groups(nest)
+    part, groups = _part(nest, image, level, whole), _groups(nest)
     kernel = _part(nest, other, sum(p.bind == "grid" for p in nest.loops))
     steps = math.prod(p.count or 1 for p in nest.loops[:level] if p.bind == "serial")
     buffers = min(BUFFERS, steps)
@@ -189,9 +219,10 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
     written = stored * (WRITTEN if groups > 1 or _is_paired(nest) else SINGLES)
     copies = part.copies * steps + kernel.copies
     slots = copies * COPY + laid / WARP * LAID + products * PRODUCT + loads + stored * STORE
+    slots += part.gathered * steps
     beside = laid if groups == 1 else sums * ROWS * COLS * groups  # or the results that are written together
     return _Work(
-        shared=(part.elements * PADDED * buffers + beside) * part.size,
+        shared=(part.room(buffers) + beside) * part.size,
         registers=OWN + sums * 4 + (taps * deep * cols * 2 if kept else 4),
         busy=busy,
         slots=slots + (warps * taps * deep * cols if kept and groups == 1 else 0),
@@ -206,13 +237,14 @@ def _rows(nest: Nest, warps: int, runs: int) -> _Work:
         waits=steps * part.waits(warps * WARP) + kernel.waits(warps * WARP),
         copied=steps * part.bytes + kernel.bytes,
         pieces=steps * _pieces(nest, level),
+        gathers=part.slab > 0,
     )
 
 
-def _depth(nest: Nest, warps: int, runs: int, buffers: int, teams: int) -> _Work:
+def _depth(nest: Nest, warps: int, runs: int, buffers: int, teams: int, whole: bool) -> _Work:
     factors = image_and_other(nest)
     tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
-    parts, groups = [_part(nest, factor, nest.tile_start) for factor in factors], _groups(nest)
+    parts, groups = [_part(nest, factor, nest.tile_start, whole) for factor in factors], _groups(nest)
     members, busy_teams = warps // teams, min(teams, runs)
     busy, alike = _shared_out(deep, members, groups)
     planes, others = (footprint(nest, factor, tile).elements for factor in factors)
@@ -224,19 +256,22 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int, teams: int) -> _Work
     ahead = buffers > 1 and all(part.is_async for part in parts)
     rounds = -(-runs // teams)
     return _Work(
-        shared=max(
-            sum(p.elements * p.size for p in parts) * PADDED * buffers * teams, groups * sums * 4 * WARP * 4
-        ),
+        shared=max(sum(p.room(buffers) * p.size for p in parts) * teams, groups * sums * 4 * WARP * 4),
         registers=OWN + sums * 4 + others * cols * 2,
         busy=busy * busy_teams,
-        slots=copies * COPY + products * PRODUCT + loads + sums * 4 * warps * ADDED,
+        slots=copies * COPY
+        + runs * sum(part.gathered for part in parts)
+        + products * PRODUCT
+        + loads
+        + sums * 4 * warps * ADDED,
         products=products,
         trips=loads * 4 + groups * runs * others * cols * deep * 2 + copied / LINE,
         chain=products / sums / groups / alike / busy_teams,
         arrivals=_arrivals(rounds, ahead),
         waits=rounds * sum(part.waits(members * WARP) for part in parts),
         copied=copied,
-        shares_depth=groups == 1 and not any(part.turned for part in parts),
+        shares_depth=groups == 1 and not any(part.turned or part.slab for part in parts),
+        gathers=any(part.slab for part in parts),
     )
 
 
@@ -276,7 +311,7 @@ def _shared_out(pieces: int, warps: int, groups: int) -> tuple[int, float]:
     return (warps, 1.0) if groups > 1 else (min(warps, pieces), pieces / -(-pieces // warps))
 
 
-def _part(nest: Nest, access: Access, level: int) -> _Part:
+def _part(nest: Nest, access: Access, level: int, whole: bool = False) -> _Part:
     """What the loops inside of a level read of an access."""
     tensor = nest.tensor(access.tensor)
     size = ITEM_BYTES[tensor.dtype]
@@ -298,7 +333,25 @@ def _part(nest: Nest, access: Access, level: int) -> _Part:
             )
         if stride == together:
             together *= span
-    return _Part(math.prod(spans), width, together, size, turned)
+    slab = _slab(nest, access, level, spans) if whole and (turned or width == 1) else 0
+    return _Part(math.prod(spans), width, together, size, turned, slab)
+
+
+def _slab(nest: Nest, access: Access, level: int, spans: Sequence[int]) -> int:
+    """How many elements that lie together the loops inside of a level read, if those are all: of some
+    dimensions whole, and a part of one more; else 0."""
+    tensor = nest.tensor(access.tensor)
+    size, whole = 1, True
+    dims = zip(access.indices, spans, tensor.shape, tensor.strides)
+    for index, span, extent, stride in sorted(dims, key=lambda dim: dim[3]):
+        outside = any(_is_outside(nest, axis, level) for axis in index.axes)
+        if whole and extent and not outside and span >= extent and (extent == 1 or stride == size):
+            size *= extent
+        elif span == 1 or (whole and stride == size and len(index.terms) == 1):
+            size, whole = size * span, False
+        else:
+            return 0
+    return size
 
 
 def _fixed(roles: Roles, index: Index, size: int) -> int:

@@ -39,12 +39,19 @@ template <int GROUPS> static __device__ __forceinline__ void arrived() {
   __syncthreads();
 }
 
-static __device__ __forceinline__ u32 loaded(u32 at) {
+// Writes zeros to so many bytes, and to the rest of the last sixteen.
+static __device__ __forceinline__ void clear(unsigned char* at, int bytes, int thread, int threads) {
+  for (int e = thread * 16; e < bytes; e += threads * 16) {
+    *reinterpret_cast<uint4*>(at + e) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+static __device__ __forceinline__ u32 word(u32 at) {
   u32 found;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(found) : "r"(at));
   return found;
 }
-static __device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 at) {
+static __device__ __forceinline__ void matrices(u32 (&to)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at));
 }
@@ -98,6 +105,19 @@ static __device__ __forceinline__ void turn(
     }
   }
 }
+// Puts so many elements, each `stride` behind the one before, side by side.
+template <int WIDTH> static __device__ __forceinline__ void gather(u16* to, const u16* from, int stride) {
+  if constexpr (WIDTH == 1) {
+    *to = *from;
+  } else {
+    Elements<WIDTH> found;
+#pragma unroll
+    for (int i = 0; i < WIDTH / 2; ++i) {
+      found.pairs[i] = from[2 * i * stride] | u32(from[(2 * i + 1) * stride]) << 16;
+    }
+    *reinterpret_cast<typename Wide<WIDTH>::type*>(to) = found.whole;
+  }
+}
 // Writes so many elements, which lie together in shared memory, as one word.
 template <int WIDTH> static __device__ __forceinline__ void put(u16* to, const u16* from) {
   if constexpr (WIDTH == 1) {
@@ -110,8 +130,6 @@ template <int WIDTH> static __device__ __forceinline__ void put(u16* to, const u
   }
 }
 
-static __device__ __forceinline__ u32 word(u32 at) { return loaded(at); }
-static __device__ __forceinline__ void matrices(u32 (&to)[4], u32 at) { load_matrices(to, at); }
 static __device__ __forceinline__ void transposed(u32 (&to)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at));
@@ -132,15 +150,26 @@ SINGLES = r"""
 static __device__ __forceinline__ float widen(float x) { return x; }
 
 // The nearest TF32, which the matrix unit would truncate a float to.
-static __device__ __forceinline__ u32 rounded(u32 x) {
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(x) : "f"(__uint_as_float(x)));
-  return x;
+static __device__ __forceinline__ float rounded(float x) {
+  u32 found;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(found) : "f"(x));
+  return __uint_as_float(found);
 }
-static __device__ __forceinline__ u32 word(u32 at) { return rounded(loaded(at)); }
-static __device__ __forceinline__ void matrices(u32 (&to)[4], u32 at) {
-  load_matrices(to, at);
+static __device__ __forceinline__ u32 rounded_word(u32 at) {
+  return __float_as_uint(rounded(__uint_as_float(word(at))));
+}
+static __device__ __forceinline__ void rounded_matrices(u32 (&to)[4], u32 at) {
+  matrices(to, at);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = rounded(to[i]);
+  for (int i = 0; i < 4; ++i) to[i] = __float_as_uint(rounded(__uint_as_float(to[i])));
+}
+template <int WIDTH> struct Wide { struct __align__(4 * WIDTH) type { float at[WIDTH]; }; };
+// Puts so many floats, each `stride` behind the one before, side by side, and rounds them.
+template <int WIDTH> static __device__ __forceinline__ void gather(float* to, const float* from, int stride) {
+  typename Wide<WIDTH>::type found;
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) found.at[i] = rounded(from[i * stride]);
+  *reinterpret_cast<typename Wide<WIDTH>::type*>(to) = found;
 }
 """
 

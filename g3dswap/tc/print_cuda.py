@@ -30,11 +30,12 @@ def shared_bytes(source: str) -> int:
     return int(source.split(SHARED, 1)[1].split("\n", 1)[0])
 
 
-def print_cuda(nest: Nest, warps: int, buffers: int = 1, teams: int = 1) -> str:
+def print_cuda(nest: Nest, warps: int, buffers: int = 1, teams: int = 1, whole: bool = False) -> str:
     """The source text of one function, ``kernel(operands..., out, batch)``, for programs of so many warps.
 
     buffers: of what is copied in a loop; with two, the next is on its way while one is multiplied.
     teams: of warps, each of which copies and multiplies steps of that loop of its own.
+    whole: whether parts of tensors that lie together are copied as they lie, and put in order afterwards.
     It is to be launched on one program for each step of the grid loops, in one dimension.
 
     ScheduleError: the schedule has no meaning for this target (no product of half types, no image in shared
@@ -42,7 +43,9 @@ def print_cuda(nest: Nest, warps: int, buffers: int = 1, teams: int = 1) -> str:
     """
     _check(nest, warps)
     program: Program = (
-        DepthProgram(nest, warps, buffers, teams) if _sums_positions(nest) else RowsProgram(nest, warps)
+        DepthProgram(nest, warps, buffers, teams, whole)
+        if _sums_positions(nest)
+        else RowsProgram(nest, warps, whole)
     )
     program.place_in_grid()
     program.write()

@@ -29,7 +29,8 @@ class Product:
     across: whether neighbouring lanes load the words of neighbouring blocks, or those of one block.
     staged: whether what is read at shifted positions is copied to shared memory first.
     apart: a batch axis of which each warp has a step.
-    teams: of warps that have steps of the loop around the product of their own."""
+    teams: of warps that have steps of the loop around the product of their own.
+    whole: whether what is staged is copied as it lies, where it lies together."""
 
     rows: Side
     cols: Side
@@ -45,6 +46,7 @@ class Product:
     staged: bool = False
     apart: Tile = ()
     teams: int = 1
+    whole: bool = False
 
     @property
     def sides(self) -> dict[str, Side]:
@@ -83,6 +85,7 @@ class Product:
         hints += [("ahead", self.ahead), ("stages", self.stages)]
         hints += [("teams", self.teams)] if self.teams > 1 else []
         hints += [("warps", self.warps)]
+        hints += [("whole", 1)] if self.whole else []
         stage = self._stages(whole, digits) if self.staged else ()
         return Schedule(
             tuple(digits), tuple(g for g in groups if len(g) > 1), stage, tuple(hints), self.pack, self.skew
@@ -129,8 +132,8 @@ class Product:
         rows, cols, depth = sides["rows"], sides["cols"], sides["depth"]
         staged = bool(schedule.stage)
         apart = tuple((d.axis, d.count or 1) for d in schedule.digits if d.bind == "warps")
-        rewrites = schedule.pack, schedule.skew
-        return cls(rows, cols, depth, *rewrites, tile, grid, *hints, across, staged, apart, teams)
+        rewrites, whole = (schedule.pack, schedule.skew), bool(schedule.hint("whole", 0))
+        return cls(rows, cols, depth, *rewrites, tile, grid, *hints, across, staged, apart, teams, whole)
 
 
 def _group(groups: list[tuple[str, ...]], axis: str) -> tuple[str, ...]:

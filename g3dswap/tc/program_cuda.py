@@ -43,11 +43,12 @@ class Program(CudaText):
     walks: loops around all that is summed, at each step of which the program has other results.
     parallel: the unrolled ones whose steps have sums of their own.
     apart: the variable of the loop of which each warp has a step; without one, warps share the positions.
+    whole: whether parts that lie together are copied as they lie.
     """
 
-    def __init__(self, nest: Nest, warps: int) -> None:
+    def __init__(self, nest: Nest, warps: int, whole: bool) -> None:
         super().__init__(nest)
-        self.warps, self.threads = warps, warps * WARP
+        self.warps, self.threads, self.whole = warps, warps * WARP, whole
         self.image, self.other = image_and_other(nest)
         loops = [i for i, p in enumerate(nest.loops) if p.bind == "serial" and p.count != 1]
         self.serial = [i for i in loops if nest.is_reduce(nest.loops[i].axis)]

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ..errors import ScheduleError
-from .box import WIDEST, Box, box_of
-from .copies_cuda import write_copy
+from .arrivals_cuda import Arrival, arrivals_of
+from .box import WIDEST, box_of
 from .fragments_cuda import RowFragments, TapFragments
 from .linear import Linear
 from .nest import Nest
@@ -27,8 +27,8 @@ GAP = 2
 class RowsProgram(Program):
     """steps: those of a walk, at most, at each of which the program has another part of the image."""
 
-    def __init__(self, nest: Nest, warps: int) -> None:
-        super().__init__(nest, warps)
+    def __init__(self, nest: Nest, warps: int, whole: bool) -> None:
+        super().__init__(nest, warps, whole)
         stage = nest.stage_of(self.image.tensor)
         assert stage is not None
         self.outside = stage.level
@@ -38,33 +38,54 @@ class RowsProgram(Program):
         self.steps = math.prod(filter(None, counts))
 
     def write(self) -> None:
-        lengths = self.nest.lengths
-        if lengths["depth"] % self.deep:
-            raise ScheduleError(f"a depth of {lengths['depth']} is no multiple of {self.deep}.")
+        length = self.nest.lengths["depth"]
+        if length % self.deep:
+            raise ScheduleError(f"a depth of {length} is no multiple of {self.deep}.")
         points, sums, depth = self.terms(), self.sums(), self.sides["depth"]
         box = box_of(self, self.image, points, self.outside, lambda symbol: depth in self.variables(symbol))
         image = RowFragments(self, box, points)
         raw = box_of(self, self.other, [{}], len(self.grid), lambda symbol: True)
         taps = TapFragments(self, raw, self.take(raw.size * self.item))
-        start = self.take(image.box.size * self.item)
+        buffers = min(BUFFERS, self.steps)
+        kernel = Arrival(self, raw)
+        (part,) = arrivals_of(self, [image.box], self.whole)
+        start = self.take(part.fetched)
         size = self.shared - start
-        self.take(size * (min(BUFFERS, self.steps) - 1))
-        begin = f"{start}" + (f" + step % {BUFFERS} * {size}" if self.steps > 1 else "")
+        self.take(size * (buffers - 1))
+        fetched = f"{start}" + (f" + step % {BUFFERS} * {size}" if self.steps > 1 else "")
+        placed = self.take(part.placed)
         self.check_size(len(sums) * taps.cols * 4, len(points) * taps.deep * taps.cols)
-        self.copy(raw, f"memory + {taps.begin}")
+        self.fetch(kernel, f"memory + {taps.begin}")
+        part.clear(placed, self.threads)
         if self.steps == 1:
-            self.copy(image.box, f"memory + {begin}")
+            self.fetch(part, f"memory + {fetched}")
         else:
             with self.block("auto fetch = [&](int step)", "};"):
                 self.decode(self.walks, "step")
-                self.copy(image.box, f"memory + {begin}")
+                self.fetch(part, f"memory + {fetched}")
             self.emit("fetch(0);")
         if taps.laid:
             taps.lay_out()
         self.emit("arrived<0>();")
         if taps.kept:
             taps.keep()
-        with self.walk(), self.block(self.shares("tile", -(-lengths["rows"] // ROWS))):
+        image.is_rounded = part.settles
+        with self.walk():
+            if part.settles:
+                part.settle(f"memory + {fetched}", f"memory + {placed}", self.threads, "thread")
+                self.emit("__syncthreads();")
+            self.multiply_tiles(image, taps, part.begin(fetched, f"{placed}"), sums, points)
+
+    def multiply_tiles(
+        self,
+        image: RowFragments,
+        taps: TapFragments,
+        begin: str,
+        sums: Mapping[Key, Env],
+        points: list[Env],
+    ) -> None:
+        """What a warp does with its tiles of rows, of an image that begins there."""
+        with self.block(self.shares("tile", -(-self.nest.lengths["rows"] // ROWS))):
             image.begin(begin)
             self.emit(f"float sum[{len(sums)}][{taps.cols}][4] = {{}};")
             self.emit("u32 a[4];" if taps.kept else "u32 a[4], b[2];")
@@ -81,9 +102,9 @@ class RowsProgram(Program):
             self.decode(self.walks, "step")
             yield
 
-    def copy(self, box: Box, to: str) -> None:
-        """Copy a box to shared memory, as a group of copies of its own."""
-        write_copy(self, box, to, self.threads)
+    def fetch(self, arrival: Arrival, to: str) -> None:
+        """Begin to copy a part, as a group of copies of its own."""
+        arrival.fetch(to, self.threads, "thread")
         self.emit("committed();")
 
     def sums(self) -> dict[Key, Env]:

@@ -15,5 +15,5 @@ def source(nest: Nest, schedule: Schedule, target: str) -> str:
         return print_cpp(nest)
     if is_cuda(schedule):
         stages, teams = schedule.hint("stages", 1), schedule.hint("teams", 1)
-        return print_cuda(nest, schedule.hint("warps", 4), stages, teams)
+        return print_cuda(nest, schedule.hint("warps", 4), stages, teams, bool(schedule.hint("whole", 0)))
     return print_triton(nest, schedule.hint("ahead", 0), bool(schedule.hint("across", 0)))

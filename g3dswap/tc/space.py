@@ -95,7 +95,8 @@ class Space:
             warps, batch = schedule.hint("warps", 4), self.batch
             if is_cuda(schedule):
                 stages, teams = schedule.hint("stages", 1), schedule.hint("teams", 1)
-                return model_staged.cost(scheduled, warps, stages, teams, batch, self._room)
+                whole = bool(schedule.hint("whole", 0))
+                return model_staged.cost(scheduled, warps, stages, teams, whole, batch, self._room)
             if schedule.skew and is_product(schedule):
                 ahead, across = schedule.hint("ahead", 0), schedule.hint("across", 0)
                 return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across), batch)

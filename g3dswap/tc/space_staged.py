@@ -208,13 +208,34 @@ def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) 
                 found = _walks(nest, batch, three, (*tile, *apart), outside, thorough)
             else:
                 found = splits(nest, three, (*tile, *apart), batch, PROGRAMS, blocks=True)
+            wholes = (False, True) if _is_whole(nest, three, (*tile, *apart), batch) else (False,)
             for split in found:
                 made = Product(*three, *form, tile, split, 1, 1, 0, staged=True, apart=apart)
                 looped = not roles.along and made.loops(nest, batch)
                 buffers = (1, 2) if looped else (1,)
                 numbers = [(count, 1) for _, count in apart] or _teams(sharing, looped, thorough)
                 for (warps, teams), stages in itertools.product(numbers, buffers):
-                    yield replace(made, warps=warps, stages=stages, teams=teams)
+                    made = replace(made, warps=warps, stages=stages, teams=teams)
+                    yield from (replace(made, whole=whole) for whole in wholes)
+
+
+def _is_whole(nest: Nest, sides: Sequence[Side], tile: Tile, batch: int) -> bool:
+    """Whether a program has all positions, of an image or a group of them that would be turned around."""
+    positions = roles_of(nest).positions
+    if not _nearest(nest) & {*positions}:
+        return False
+    steps = _steps_outside(nest, batch, sides, tile)
+    named = {a: fused_name(axes) for axes, _ in sides for a in axes}
+    return all(steps[named.get(axis, axis)] == 1 for axis in positions)
+
+
+def _steps_outside(nest: Nest, batch: int, sides: Sequence[Side], tile: Tile) -> dict[str, int]:
+    """How many steps each axis, flattened or not, has outside of a program with these sides and a tile."""
+    own = {fused_name(axes): (axes, count) for axes, count in sides}
+    parts = {a for axes, _ in sides for a in axes}
+    inside = phases(nest)
+    inside |= {axis: inside.get(axis, 1) * count for axis, count in tile if axis not in parts}
+    return steps_outside(nest, own, inside, batch)
 
 
 def _workers(nest: Nest, form: Form) -> list[tuple[Tile, Tile]]:
@@ -284,10 +305,8 @@ def _walks(
     """No walk, and walks of steps that leave little over: along the positions outside of a program's, and
     along the batch where that leaves programs enough."""
     found: list[Split] = [()]
-    (positions, _), *_ = sides
-    name, inside = fused_name(positions), phases(nest)
-    inside |= {axis: inside.get(axis, 1) * count for axis, count in tile if axis not in positions}
-    steps = steps_outside(nest, {fused_name(axes): (axes, count) for axes, count in sides}, inside, batch)
+    name = fused_name(sides[0][0])
+    steps = _steps_outside(nest, batch, sides, tile)
     programs = math.prod(count for axis, count in steps.items() if not reduces(nest, axis))
     images = [axis.name for axis in nest.axes if axis.extent is None]
     for axis in [*filter(None, (outside, name)), *images]:
@@ -382,4 +401,4 @@ def _choices(nest: Nest, product: Product) -> tuple[object, ...]:
     split = {*of_reductions(nest, product.split)}
     sides = product.rows, product.cols, product.depth
     workers = product.apart or (product.warps, product.teams)
-    return sides, product.tile, split, workers, product.stages
+    return sides, product.tile, split, workers, product.stages, product.whole
