@@ -48,21 +48,22 @@ using Operands = std::array<const Tensor*, 3>;
 
 // Launches
 
-// A number for each block of so many steps of the batch, or, with a block of 0, whatever the batch is.
-struct Count {
-  int64_t each = 0, block = 0;
-
-  int64_t blocks(int64_t batch) const { return block ? (batch + block - 1) / block : 1; }
-  int64_t of(int64_t batch) const { return each * blocks(batch); }
-};
+constexpr int64_t ENOUGH = 100;  // programs that blocks of the batch leave (`ENOUGH` of nest.py)
 
 // Where a kernel begins. On a CPU `function` is `int run(void* const* operands, void* out, int64_t batch,
 // int threads)`, and `threads` is 0; on a GPU it is a CUfunction.
 struct Step {
   uintptr_t function = 0;
-  Count programs;
+  int64_t programs = 0;
+  int64_t block = 0;  // so many programs for each block of the batch, of so many steps at most; 0: whatever that is
   unsigned threads = 0, shared = 0;
   int hidden = 0;  // pointers that Triton appends to a kernel's parameters, for features that are not used
+
+  // Blocks of a batch (`Blocks` of nest.py).
+  int64_t blocks(int64_t batch) const {
+    int64_t share = std::max<int64_t>(1, std::min(block, batch * programs / ENOUGH));
+    return block ? (batch + share - 1) / share : 1;
+  }
 };
 
 constexpr int64_t MOST_PROGRAMS = std::numeric_limits<int32_t>::max();
@@ -105,7 +106,7 @@ bool launch(const Step& step, std::vector<void*>& pointers, int64_t batch, at::D
     auto run = reinterpret_cast<Run>(step.function);
     return run(pointers.data(), pointers.back(), batch, at::get_num_threads()) == 0;
   }
-  int64_t programs = step.programs.of(batch);
+  int64_t programs = step.programs * step.blocks(batch);
   if (programs > MOST_PROGRAMS || batch > MOST_PROGRAMS) return false;
   if (!programs) return true;
   int32_t steps = static_cast<int32_t>(batch);
@@ -135,7 +136,8 @@ struct Pass {
   bool batched = false;  // the first of the shape is the batch
   at::MemoryFormat format = at::MemoryFormat::Contiguous;
   Step step;
-  Count parts;  // partial results to be added up; 0: there are none
+  int64_t parts = 0;  // partial results to be added up; 0: there are none
+  bool parts_batched = false;  // so many for each block of the batch
   std::optional<Step> total;  // adds them up; without one PyTorch does
 };
 
@@ -152,7 +154,7 @@ Tensor run(const Pass& pass, const Operands& operands) {
   Ints shape = pass.shape;
   if (pass.batched) shape[0] = batch;
   Tensor out = at::empty(shape, operands[0]->options().memory_format(pass.format));
-  int64_t parts = pass.parts.of(batch);
+  int64_t blocks = pass.parts_batched ? pass.step.blocks(batch) : 1, parts = pass.parts * blocks;
   auto sums = out.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   if (!parts || (parts == 1 && out.scalar_type() == sums)) {
     pointers.push_back(out.mutable_data_ptr());
@@ -168,7 +170,7 @@ Tensor run(const Pass& pass, const Operands& operands) {
   }
   std::vector<void*> ends = {partial.mutable_data_ptr(), out.mutable_data_ptr()};
   // Its run-time extent is what makes the number of parts one: blocks of the batch, or nothing.
-  return launch(*pass.total, ends, pass.parts.blocks(batch), out.device()) ? out : Tensor();
+  return launch(*pass.total, ends, blocks, out.device()) ? out : Tensor();
 }
 
 // All that decides the choice for a pass, but the batch.
@@ -527,14 +529,15 @@ bool parse(PyObject* entry, size_t parameters, Step& step) {
     throw python_error();
   }
   step.function = function;
-  step.programs = {programs, block};
+  step.programs = programs;
+  step.block = block;
   step.hidden = step.threads ? hidden_parameters(step.function, parameters) : 0;
   return step.hidden >= 0;
 }
 
 // learn(conf, kind, input, weight, third, plan): how calls like this one are to be run from now on. A plan is
-// None for PyTorch's kernel, or (reads, shape, batched, channels_last, step, parts, block, total), so many parts for
-// each block of the batch. Calls of kernels that only Triton can launch stay Python's.
+// None for PyTorch's kernel, or (reads, shape, batched, channels_last, step, parts, parts_batched, total). Calls of
+// kernels that only Triton can launch stay Python's.
 PyObject* learn(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   PyObject *conf, *input, *weight, *third, *plan;
@@ -551,18 +554,19 @@ PyObject* learn(PyObject*, PyObject* arguments) {
     pass->native = true;
   } else {
     PyObject *reads, *shape, *step, *total;
-    int batched, channels_last;
-    long long parts, block;
+    int batched, channels_last, parts_batched;
+    long long parts;
     if (!PyArg_ParseTuple(
-            plan, "O!O!ppO!LLO", &PyTuple_Type, &reads, &PyTuple_Type, &shape, &batched, &channels_last,
-            &PyTuple_Type, &step, &parts, &block, &total)) {
+            plan, "O!O!ppO!LpO", &PyTuple_Type, &reads, &PyTuple_Type, &shape, &batched, &channels_last,
+            &PyTuple_Type, &step, &parts, &parts_batched, &total)) {
       return nullptr;
     }
     for (int64_t place : ints_of(reads)) pass->reads.push_back(static_cast<int>(place));
     pass->shape = ints_of(shape);
     pass->batched = batched;
     if (channels_last) pass->format = at::MemoryFormat::ChannelsLast3d;
-    pass->parts = {parts, block};
+    pass->parts = parts;
+    pass->parts_batched = parts_batched;
     if (!parse(step, pass->reads.size() + 2, pass->step)) Py_RETURN_NONE;
     if (total != Py_None && !parse(total, 3, pass->total.emplace())) Py_RETURN_NONE;
   }

@@ -143,10 +143,9 @@ def _plan(choice: Choice) -> tuple[Any, ...] | None:
     places = candidate.reads(native.operands(choice.problem, 0, 1, 2))
     partial = first.partial_counts or (0,)
     parts = math.prod(count for count in partial if count is not None)
-    block = first.nest.block_of_batch if None in partial else 0
     channels_last = candidate.format == torch.channels_last_3d
     result = tuple(candidate.shape), candidate.batched, channels_last
-    return places, *result, step, parts, block, total
+    return places, *result, step, parts, None in partial, total
 
 
 def _entry(kernel: Kernel) -> tuple[Any, ...] | None:

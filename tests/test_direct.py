@@ -180,14 +180,16 @@ def test_parts_of_a_sum_are_added_up(block: int, monkeypatch: pytest.MonkeyPatch
         nest = comprehensions.nest(problem)
         schedule = serial(nest)
         if problem.direction == "grad_weight":
-            digits = [str(d).replace("serial", "grid") if d.axis == "n" else str(d) for d in schedule.digits]
+            grid = ("n", "g", "f", "c", "kh", "kw")  # 72 programs of each image, or block
+            digits = [str(d).replace("serial", "grid") if d.axis in grid else str(d) for d in schedule.digits]
             digits.sort(key=lambda text: "grid" not in text)
             digits += [f"n {block} serial"] if block > 1 else []
             schedule = Schedule.from_json({**schedule.to_json(), "digits": digits})
         found = build(problem, schedule, 60.0)
-        assert (found.kernel is not None and found.kernel.partial_counts is not None) == (
-            problem.direction == "grad_weight"
-        )
+        assert found.kernel is not None
+        blocks, parts = found.kernel.nest.blocks, found.kernel.partial_counts
+        assert (parts is not None) == (problem.direction == "grad_weight")
+        assert parts is None or (blocks is not None and blocks.number(3) == 4 - block)
         return Choice(problem, "tuned", "the test's", schedule=schedule.to_json(), candidate=found)
 
     choose.forget()

@@ -53,23 +53,24 @@ class CudaText:
         self.emit(end)
 
     def count(self, i: int) -> str:
-        """How often a loop runs: of two over the batch, the inner one less in the last block."""
-        loop = self.nest.loops[i]
-        if loop.count is None:
-            return "batch" if loop.step == 1 else f"((batch - 1) / {loop.step} + 1)"
-        outer = self.nest.blocks_loop(i)
-        if outer is None:
-            return str(loop.count)
-        return f"min({loop.count}, batch - {self.names[f'v{outer}']} * {self.nest.loops[outer].step})"
+        """How often a loop runs: in a block of the batch less where that is the last one."""
+        count = self.nest.loops[i].count
+        if count is None:
+            return "blocks" if self.nest.shares else "batch"
+        if not self.nest.is_in_block(i):
+            return str(count)
+        outer = next(k for k, loop in enumerate(self.nest.loops) if loop.count is None)
+        return f"min(share, batch - {self.names[f'v{outer}']})"
 
     def decode(self, loops: Sequence[int], number: str) -> None:
         """Variables of these loops from the number of a step of all of them, the last the fastest."""
         for place, i in enumerate(reversed(loops)):
             name, count = self.names[f"v{i}"], self.count(i)
+            scale = " * share" if self.nest.shares and self.nest.loops[i].count is None else ""
             if place == len(loops) - 1:
-                self.emit(f"const int {name} = {number};")
+                self.emit(f"const int {name} = {number}{scale};")
                 break
-            self.emit(f"const int {name} = {number} % {count}, {name}_rest = {number} / {count};")
+            self.emit(f"const int {name} = {number} % {count}{scale}, {name}_rest = {number} / {count};")
             number = f"{name}_rest"
 
     # Linear forms

@@ -86,7 +86,7 @@ def _bytes(nest: Nest, batch: int) -> Sequence[int]:
     out = nest.tensor(nest.output.tensor)
     result = elements(out) * width(out)
     if nest.partial_counts:
-        blocks = -(-batch // nest.block_of_batch)
+        blocks = nest.blocks.number(batch) if nest.blocks else batch
         parts = math.prod(blocks if count is None else count for count in nest.partial_counts)
         result = elements(out) * parts * max(4, width(out))
     return [result, *(elements(t) * width(t) for t in map(nest.tensor, nest.operands))]

@@ -71,7 +71,7 @@ class Kernel:
         if self.partial_counts is None:
             self.launch(operands, out, batch)
             return
-        blocks = -(-batch // self._block)
+        blocks = self.nest.blocks.number(batch) if self.nest.blocks else batch
         parts = math.prod(blocks if count is None else count for count in self.partial_counts)
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         if parts == 1 and out.dtype == dtype:
@@ -93,12 +93,8 @@ class Kernel:
 
     @functools.cached_property
     def partial_counts(self) -> tuple[int | None, ...] | None:
-        """The counts of what makes partial results (None: blocks of the batch), None without any."""
+        """The counts of what makes partial results (None: the batch or its blocks), None without any."""
         return self.nest.partial_counts or None
-
-    @functools.cached_property
-    def _block(self) -> int:
-        return self.nest.block_of_batch
 
     @functools.cached_property
     def _batch_source(self) -> tuple[int, int] | None:

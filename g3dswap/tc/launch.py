@@ -14,8 +14,8 @@ class Entry:
     """Where a compiled kernel begins, for those who launch it without Python.
 
     address:  of a C++ function, or the driver's handle of a GPU's.
-    programs: how many there are, for each block of so many steps of the run-time extent; with a block of 0,
-              whatever that is.
+    programs: how many there are; with blocks, for each block of the run-time extent.
+    block:    steps of such a block, at most (``Blocks.most``); 0: there are none.
     threads:  of a program; 0 for a C++ function.
     shared:   bytes of memory that the threads of a program share.
     """

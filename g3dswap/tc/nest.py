@@ -23,7 +23,8 @@ The whole grammar::
 
 An axis's value is the sum of its digits.  Digits may overshoot the extent (the product of counts is a
 multiple of the tile); such iterations contribute nothing and store nothing.  The batch has one loop, of as
-many steps as there are, or two: blocks of it, of which the last may be short, and a serial loop in each.
+many steps as there are, or two: blocks of it on the grid (`Blocks`), whose variable is the first step of a
+block, and a serial loop in each.
 `unroll`, `lanes`, the three axes of a matrix product and `warps`, of which each warp has a step, form the
 register tile, and all of them stand at the end of `loops`; an `unroll` further out repeats the code.  A side
 of a product has one loop, and a second one where it runs along blocks of a part.  A reduction on the grid
@@ -47,6 +48,9 @@ BINDS = ("grid", "serial", "unroll", "lanes", "rows", "cols", "depth", "warps")
 TILE_BINDS = ("unroll", "lanes", "rows", "cols", "depth", "warps")
 SIDE_BINDS = ("rows", "cols", "depth")
 VECTOR_BINDS = ("lanes", *SIDE_BINDS)
+
+ENOUGH = 100
+"""Programs that blocks of the batch leave, where programs of one step are so many."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,25 @@ class Access:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Blocks of the batch on the grid.
+
+    most: steps of a block, at most: fewer where there are few programs, and where the batch ends.
+    others: programs of each block.
+    """
+
+    most: int
+    others: int
+
+    def share(self, batch: int) -> int:
+        """Steps of a block, of a whole one."""
+        return max(1, min(self.most, batch * self.others // ENOUGH))
+
+    def number(self, batch: int) -> int:
+        return -(-batch // self.share(batch))
+
+
+@dataclass(frozen=True)
 class Loop:
     axis: str
     count: int | None
@@ -140,8 +163,7 @@ class Loop:
     bind: str
 
     def __str__(self) -> str:
-        blocks = "batch" if self.step == 1 else f"batch / {self.step}"
-        count = blocks if self.count is None else str(self.count)
+        count = "batch" if self.count is None else str(self.count)
         return f"{self.bind:<6} {self.axis} += {self.step} * [0, {count})"
 
 
@@ -218,26 +240,29 @@ class Nest:
         extent, covers = self.extent(name), self.covers(name)
         return extent is not None and covers is not None and covers > extent
 
-    @property
-    def block_of_batch(self) -> int:
-        """How many steps of the batch one of its outermost loop stands for."""
-        return next((loop.step for loop in self.loops if loop.count is None), 1)
+    @functools.cached_property
+    def blocks(self) -> Blocks | None:
+        """The blocks of the batch, which may be single steps; None where programs have all of it."""
+        if not any(loop.count is None and loop.bind == "grid" for loop in self.loops):
+            return None
+        inner = [loop.count or 1 for i, loop in enumerate(self.loops) if self.is_in_block(i)]
+        others = math.prod(loop.count or 1 for loop in self.loops if loop.bind == "grid")
+        return Blocks(inner[0] if inner else 1, others)
 
-    def blocks_loop(self, i: int) -> int | None:
-        """The loop over blocks of the batch, if this one runs in each of them."""
-        axis, count = self.loops[i].axis, self.loops[i].count
-        outer = next(k for k, loop in enumerate(self.loops) if loop.axis == axis)
-        return None if count is None or self.loops[outer].count is not None else outer
+    @property
+    def shares(self) -> Blocks | None:
+        """The blocks of the batch, if they are not single steps."""
+        return self.blocks if self.blocks and self.blocks.most > 1 else None
+
+    def is_in_block(self, i: int) -> bool:
+        """Whether a loop is that over the steps of a block."""
+        return self.loops[i].count is not None and self.extent(self.loops[i].axis) is None
 
     def counts(self, batch: int) -> list[int]:
-        """How often each loop runs; of the batch's inner loop, at most."""
-        found = []
-        for loop in self.loops:
-            if loop.count is None:
-                found.append(-(-batch // loop.step))
-            else:
-                found.append(loop.count if self.extent(loop.axis) else min(loop.count, batch))
-        return found
+        """How often each loop runs; in a block of the batch, at most."""
+        number, share = (self.blocks.number(batch), self.blocks.share(batch)) if self.blocks else (batch, 0)
+        found = [number if loop.count is None else loop.count for loop in self.loops]
+        return [share if self.is_in_block(i) else count for i, count in enumerate(found)]
 
     @property
     def accesses(self) -> tuple[Access, ...]:
@@ -464,10 +489,12 @@ def _verify_digits(nest: Nest, name: str) -> None:
 def _verify_batch(nest: Nest, name: str, own: list[Loop]) -> None:
     """Check the loops over the batch, which is whole or in blocks: how long the last is only loops know."""
     outer, *inner = own
-    counts = [loop.count or 0 for loop in inner]
-    whole = outer.count is None and outer.step == math.prod(counts) and len(inner) <= 1
-    _require(whole and min(counts, default=1) > 0, nest, "the digits of the batch {} are {}", name, own)
-    _require(outer.bind in ("grid", "serial"), nest, "the batch {} is bound to {}", name, outer.bind)
+    whole = outer.count is None and len(inner) <= 1 and all((loop.count or 0) > 0 for loop in inner)
+    _require(
+        whole and {loop.step for loop in own} == {1}, nest, "the digits of the batch {} are {}", name, own
+    )
+    binds = ("grid",) if inner else ("grid", "serial")
+    _require(outer.bind in binds, nest, "the batch {} is bound to {}", name, outer.bind)
     serial = all(loop.bind == "serial" for loop in inner)
     _require(serial, nest, "a part of the batch {} is bound to {}", name, own[-1].bind)
     level = max(i for i, loop in enumerate(nest.loops) if loop.axis == name)

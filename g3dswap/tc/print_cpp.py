@@ -15,7 +15,7 @@ from ..errors import ScheduleError
 from .buffers import make_buffer
 from .copies_cpp import MEMORY_TYPES, CopyPrinter
 from .linear import Linear
-from .nest import Access, Nest
+from .nest import ENOUGH, Access, Nest
 from .place import Env, Guard, Place, Placer
 from .pointwise_cpp import pointwise_cpp
 from .prelude_cpp import prelude
@@ -74,6 +74,11 @@ class _Printer(CopyPrinter):
             self.emit(f"const {memory}* __restrict const {name} = (const {memory}*)operands[{i}];")
         out_type = self.compute if nest.partial_loops else MEMORY_TYPES[self.dtype]
         self.emit(f"{out_type}* __restrict const {nest.output.tensor} = ({out_type}*)out;")
+        if nest.shares:
+            most = nest.shares.most
+            self.emit(f"const int64_t wanted = batch * {nest.shares.others} / {ENOUGH};")
+            self.emit(f"const int64_t share = wanted < 1 ? 1 : wanted < {most} ? wanted : {most};")
+            self.emit("const int64_t blocks = (batch + share - 1) / share;")
         self.emit(f"const int64_t tasks = {' * '.join(['(int64_t)1', *(counts[i] for i in grid)])};")
         self.emit("int failed = 0;")
         self.emit("#pragma omp parallel num_threads(threads) if (threads > 1)")
@@ -85,7 +90,8 @@ class _Printer(CopyPrinter):
                     self.emit("if (!scratch) continue;")
                 self.emit("int64_t rest = task;")
                 for i in reversed(grid):
-                    self.emit(f"const int64_t v{i} = rest % {counts[i]}; rest /= {counts[i]};")
+                    scale = " * share" if counts[i] == "blocks" else ""
+                    self.emit(f"const int64_t v{i} = rest % {counts[i]}{scale}; rest /= {counts[i]};")
                 self.partial(counts)
                 self.level(len(grid), {})
             if self.buffers:
@@ -116,7 +122,8 @@ class _Printer(CopyPrinter):
             return
         number = "(int64_t)0"
         for i in self.nest.partial_loops:
-            number = f"({number} * {counts[i]} + v{i})"
+            own = f"v{i} / share" if counts[i] == "blocks" else f"v{i}"
+            number = f"({number} * {counts[i]} + {own})"
         shape = self.nest.tensor(self.nest.output.tensor).shape
         size = " * ".join("batch" if e is None else str(e) for e in shape)
         self.emit(f"const int64_t partial = {number};")
@@ -156,15 +163,14 @@ class _Printer(CopyPrinter):
             self.level(i + 1, env)
 
     def count(self, i: int) -> str:
-        """How often a loop runs: of two over the batch, the inner one less in the last block."""
-        loop = self.nest.loops[i]
-        if loop.count is None:
-            return "batch" if loop.step == 1 else f"((batch + {loop.step - 1}) / {loop.step})"
-        outer = self.nest.blocks_loop(i)
-        if outer is None:
-            return str(loop.count)
-        left = f"batch - v{outer} * {self.nest.loops[outer].step}"
-        return f"({left} < {loop.count} ? {left} : {loop.count})"
+        """How often a loop runs: in a block of the batch less where that is the last one."""
+        count = self.nest.loops[i].count
+        if count is None:
+            return "blocks" if self.nest.shares else "batch"
+        if not self.nest.is_in_block(i):
+            return str(count)
+        left = f"batch - v{next(k for k, loop in enumerate(self.nest.loops) if loop.count is None)}"
+        return f"({left} < share ? {left} : share)"
 
     # The register tile
 

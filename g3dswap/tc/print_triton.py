@@ -46,8 +46,8 @@ def _check(nest: Nest) -> None:
     """The rules of this target."""
     if nest.stages:
         raise ScheduleError(f"Triton has no stages, but {nest.stages[0].tensor} has one; leave it out.")
-    if nest.block_of_batch > 1:
-        raise ScheduleError(f"Triton has no blocks of the batch, not of {nest.block_of_batch}.")
+    if nest.shares:
+        raise ScheduleError("Triton has no blocks of the batch; give a program one step of it, or all.")
     if any(p.bind == "warps" for p in nest.loops):
         raise ScheduleError("Triton has no loops over warps; use lanes.")
     vectors = [p for p in nest.loops if p.bind in VECTOR_BINDS]

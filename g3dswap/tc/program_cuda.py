@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from ..errors import ScheduleError
 from .cuda_text import ROW, CudaText, Names
-from .nest import Nest
+from .nest import ENOUGH, Nest
 from .place import Env
 from .place_nd import Spot
 from .roles import image_and_other
@@ -66,13 +66,19 @@ class Program(CudaText):
     def place_in_grid(self) -> None:
         """Loop variables of the grid, and the number of this program's partial result."""
         real = [i for i in self.grid if self.nest.loops[i].count != 1]
+        blocks = self.nest.shares
+        if blocks:
+            self.emit(f"const i64 wanted = (i64)batch * {blocks.others} / {ENOUGH};")
+            self.emit(f"const int share = wanted < 1 ? 1 : wanted < {blocks.most} ? wanted : {blocks.most};")
+            self.emit("const int blocks = (batch - 1) / share + 1;")
         if real:
             self.decode(real, "blockIdx.x")
         for own in self.apart:
             self.emit(f"const int {self.names[own]} = warp;")
         partial = "0"
         for i in self.nest.partial_loops:
-            partial = f"({partial}) * {self.count(i)} + {self.names[f'v{i}'] if i in real else 0}"
+            own = self.names[f"v{i}"] + (" / share" if blocks and self.nest.loops[i].count is None else "")
+            partial = f"({partial}) * {self.count(i)} + {own if i in real else 0}"
         if self.nest.partial_loops:
             self.emit(f"const i64 partial = {partial};")
 

@@ -88,7 +88,7 @@ def _processor() -> str:
 
 def load(nest: Nest, schedule: Schedule, timeout: float) -> Launch:
     """What launches the kernel of a scheduled nest."""
-    return _Launcher(prepare(nest, schedule, timeout), len(nest.operands), nest.name)
+    return _Launcher(prepare(nest, schedule, timeout), nest)
 
 
 def prepare(nest: Nest, schedule: Schedule, timeout: float) -> Path:
@@ -167,7 +167,7 @@ def _ended(done: subprocess.CompletedProcess[str]) -> str:
 class _Launcher:
     """Launches the kernel in one shared object."""
 
-    def __init__(self, path: Path, operands: int, name: str) -> None:
+    def __init__(self, path: Path, nest: Nest) -> None:
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
@@ -175,9 +175,9 @@ class _Launcher:
                 f"{path} cannot be loaded ({error}); delete it to have it compiled again."
             ) from error
         self._run = library.run
-        self._run.argtypes = [ctypes.c_void_p * operands, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-        self._pointers = ctypes.c_void_p * operands
-        self._name = name
+        self._pointers = ctypes.c_void_p * len(nest.operands)
+        self._run.argtypes = [self._pointers, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        self._name, self._blocks = nest.name, nest.blocks
 
     def __call__(self, operands: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
         pointers = self._pointers(*[t.data_ptr() for t in operands])
@@ -185,4 +185,5 @@ class _Launcher:
             raise MemoryError(f"no memory for the buffers of {self._name}; use a smaller batch.")
 
     def entry(self) -> Entry | None:
-        return Entry(ctypes.cast(self._run, ctypes.c_void_p).value or 0)
+        address = ctypes.cast(self._run, ctypes.c_void_p).value or 0
+        return Entry(address, self._blocks.others, self._blocks.most) if self._blocks else Entry(address)

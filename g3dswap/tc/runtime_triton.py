@@ -106,10 +106,10 @@ class Programs:
         counts = [p.count for p in nest.loops if p.bind == "grid"]
         self.name = nest.name
         self.steps = math.prod(c for c in counts if c is not None)
-        self.block = nest.block_of_batch if None in counts else 0
+        self.blocks = nest.blocks
 
     def __call__(self, batch: int) -> int:
-        number = self.steps * -(-batch // self.block) if self.block else self.steps
+        number = self.steps * (self.blocks.number(batch) if self.blocks else 1)
         if number > MAX_PROGRAMS or batch > MAX_PROGRAMS:
             raise ScheduleError(
                 f"{self.name} on a batch of {batch} needs {number} programs, but a grid has at most "
@@ -175,7 +175,8 @@ class _Launcher:
         if torch.version.hip or special or _is_watched():
             return None
         threads = meta.num_warps * meta.target.warp_size
-        return Entry(function, self.programs.steps, self.programs.block, threads, meta.shared)
+        most = self.programs.blocks.most if self.programs.blocks else 0
+        return Entry(function, self.programs.steps, most, threads, meta.shared)
 
     def __call__(self, operands: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
         number = self.programs(batch)

@@ -191,8 +191,8 @@ def _loops(nest: Nest, schedule: Schedule) -> tuple[Loop, ...]:
         inner = math.prod(schedule.digits[i].count or 1 for i in places)
         step = 1
         for i in reversed(places):
-            steps[i] = step
             count = schedule.digits[i].count
+            steps[i] = 1 if count is None and extent is None else step  # of the batch, a block's first step
             if count is None and extent is not None:
                 count = max(1, -(-extent // inner))
             counts[i] = count

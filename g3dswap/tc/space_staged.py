@@ -19,7 +19,7 @@ from functools import partial
 
 from ..errors import ScheduleError
 from .box import WIDEST
-from .nest import Access, Nest
+from .nest import ENOUGH, Access, Nest
 from .product import Packs, Product, Side, Skews, of_tiles, splits
 from .program_cuda import COLS, MOST_ACCUMULATORS, ROWS, deep_of
 from .roles import Roles, added, batches, image_and_other, possible, roles_of, sides
@@ -48,8 +48,6 @@ APART = 1.6
 WINDOWS = (1, 2, 4, 8)
 WALKS = (2, 3, 4, 6, 8)
 """Steps of a walk: parts of the image that a program copies, each while it multiplies the one before."""
-WALKERS = 100
-"""Programs that a walk along the batch leaves, at least."""
 MOST_WARPS, FEW_WARPS = 8, (8, 4, 2)
 """Warps that share positions: at most, and at most where not all numbers of them are compared."""
 TEAMS = (2, 4, 8)
@@ -310,7 +308,7 @@ def _walks(
     programs = math.prod(count for axis, count in steps.items() if not reduces(nest, axis))
     images = [axis.name for axis in nest.axes if axis.extent is None]
     for axis in [*filter(None, (outside, name)), *images]:
-        most = programs // WALKERS if axis in images else steps[axis]
+        most = programs // ENOUGH if axis in images else steps[axis]
         fitting = [
             n
             for n in WALKS

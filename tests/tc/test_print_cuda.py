@@ -179,8 +179,12 @@ def test_on_a_walk_the_next_part_is_on_its_way(direction: str, name: str, layout
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
 @pytest.mark.parametrize("name", ["sixteen channels a group", "strided", "a multiplier"])
 @pytest.mark.parametrize("direction", PASSES)
-def test_a_program_has_a_block_of_the_batch(direction: str, name: str, layout: str) -> None:
+def test_a_program_has_a_block_of_the_batch(
+    direction: str, name: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last one is short, and may have one image only; a smaller batch is a part of one block."""
+    monkeypatch.setattr("g3dswap.tc.nest.ENOUGH", 1)
+    monkeypatch.setattr("g3dswap.tc.program_cuda.ENOUGH", 1)
     problem = problem_of(direction, GEOMETRIES[name], layout, bias=True)
     found = [
         replace(p, split=(("n", 3), *(pair for pair in p.split if pair[0] != "n")))
@@ -188,7 +192,8 @@ def test_a_program_has_a_block_of_the_batch(direction: str, name: str, layout: s
     ]
     random.Random(name + direction).shuffle(found)
     kernel = checked(Case(problem, 8, 5), found, most=40)
-    assert kernel is not None and kernel.nest.block_of_batch == 3
+    assert kernel is not None and kernel.nest.blocks is not None and kernel.nest.blocks.most == 3
+    assert "const int share = " in kernel.source and kernel.nest.blocks.number(8) == 3
     assert (kernel.partial_counts or (0,))[0] == (None if direction == "grad_weight" else 0)
     for batch in (7, 2, 1):
         check(Case(problem, batch, batch), kernel)
