@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,31 +13,44 @@ from .tc import kernel
 from .tc.schedule import Schedule
 from .tc.space import Space
 
+WORTH = 1.3
+"""How many times as fast a product in TF32 is to be, by the model, to be preferred to what rounds nothing."""
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """A schedule and the model's seconds for it."""
+
+    schedule: Schedule
+    seconds: float
+
 
 class Guesses:
     """The default schedules of problems, each worked out once: that may take seconds."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Problem, int], Schedule] = {}
+        self._known: dict[tuple[Problem, int], _Guess] = {}
 
     def of(self, problem: Problem, batch: int) -> Iterator[Schedule]:
         """The best at a batch first, each worked out when it is asked for.
 
         Where PyTorch's switch allows TF32, its kernels do without for many layers, and then a product in TF32
-        is not exact enough: what is best without it comes second.
+        is not exact enough: what is best without it comes second, or first where it is nearly as fast.
 
         NoCompilerError: no kernel can be built. ScheduleError: there is no schedule.
         """
         kernel.require(kernel.target_of(problem.device))
-        first = self._default(problem, batch)
-        yield first
-        second = self._default(replace(problem, precision="ieee"), batch)
-        if second != first:
-            yield second
+        found = [self._default(problem, batch)]
+        if problem.precision == "tf32":
+            found.append(self._default(replace(problem, precision="ieee"), batch))
+            if found[1].seconds < WORTH * found[0].seconds:
+                found.reverse()
+        yield from dict.fromkeys(guess.schedule for guess in found)
 
-    def _default(self, problem: Problem, batch: int) -> Schedule:
+    def _default(self, problem: Problem, batch: int) -> _Guess:
         key = problem, batch
         if key not in self._known:
             space = Space(nest(problem), kernel.target_of(problem.device), torch.get_num_threads(), batch)
-            self._known[key] = space.default()
+            schedule = space.default()
+            self._known[key] = _Guess(schedule, space.cost(schedule))
         return self._known[key]

@@ -398,17 +398,32 @@ def test_the_default_schedule_is_used_where_asked_for_and_right(world: World, ca
         assert chooser(cache, "none").choose(PROBLEM).is_native
 
 
-def test_where_tf32_is_not_exact_enough_the_default_does_without(
-    world: World, cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def use_precise_space(monkeypatch: pytest.MonkeyPatch, rounded: int, exact: int) -> None:
+    """The schedules that are best with TF32 and without, whose numbers are their costs."""
+
     class Precise(FakeSpace):
         def __init__(self, nest: Any, target: str, threads: int, batch: int) -> None:
-            self.number = 0 if nest.precision == "tf32" else 4
+            self.number = rounded if nest.precision == "tf32" else exact
 
         def default(self) -> Schedule:
             return schedule(self.number)
 
     monkeypatch.setattr(guessed, "Space", Precise)
+
+
+@pytest.mark.parametrize(("exact", "first"), [(12, 12), (14, 10)])
+def test_the_default_rounds_nothing_where_that_is_nearly_as_fast(
+    exact: int, first: int, world: World, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_precise_space(monkeypatch, 10, exact)
+    wide = replace(PROBLEM, precision="tf32")
+    assert chooser(cache, "none").choose(wide).schedule == schedule(first).to_json()
+
+
+def test_where_tf32_is_not_exact_enough_the_default_does_without(
+    world: World, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_precise_space(monkeypatch, 0, 4)
     wide = replace(PROBLEM, precision="tf32")
     assert chooser(cache, "none").choose(wide).schedule == schedule(0).to_json()
     choose.forget()

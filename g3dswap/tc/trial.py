@@ -112,7 +112,7 @@ class TunerConfig:
                 elites=4,
                 mutation_rate=0.7,
                 seconds=6.0,
-                build_timeout=8.0,
+                build_timeout=6.0,
                 overlap=True,
             )
         return cls(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.errors import ArgumentError, ScheduleError
 from g3dswap.problem import ACTIVATIONS, Geometry, Problem
-from g3dswap.tc import sums_cuda
+from g3dswap.tc import model_staged, sums_cuda
 from g3dswap.tc.kernel import Kernel, build, show
 from g3dswap.tc.nest import Nest
 from g3dswap.tc.print_cpp import print_cpp
@@ -212,6 +212,51 @@ def test_sums_of_blocks_are_as_long_as_each_other() -> None:
     nest = nest_of(problem_of("grad_weight", geometry))
     blocks = {dict(p.split)["n"] for p in products(nest, 30) if "n" in dict(p.split)}
     assert blocks >= {1, 8, 15} and 16 not in blocks  # 30 images in 30, 4 and 2 blocks
+
+
+def wholes(problem: Problem) -> list[Product]:
+    """The products that copy a part as it lies."""
+    return [product for product in products(nest_of(problem)) if product.whole]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES])
+@pytest.mark.parametrize(
+    "name", ["sixteen channels a group", "32 channels a group", "lines of odd length", "strided"]
+)
+@pytest.mark.parametrize("direction", PASSES)
+def test_what_lies_together_is_copied_as_it_lies(direction: str, name: str, dtype: torch.dtype) -> None:
+    plain = problem_of(direction, GEOMETRIES[name], bias=True)
+    problem = replace(plain, dtype=dtype, precision=DTYPES[dtype])
+    found = wholes(problem)
+    if dtype == torch.float32 and name == "lines of odd length":
+        assert not found  # single channels are no products in TF32
+        return
+    random.Random(name + direction).shuffle(found)
+    kernel = checked(Case(problem, 3, 4), found, most=40)
+    assert kernel is not None and "gather<" in kernel.source and ">(to + e, from + e, true)" in kernel.source
+
+
+def test_walks_gather_each_image() -> None:
+    """The zeros around it stay; what is copied meanwhile lies elsewhere."""
+    problem = problem_of("forward", GEOMETRIES["sixteen channels a group"], bias=True)
+    whole = next(p for p in wholes(problem) if p.rows[1] == 98 and not p.split)
+    kernel = checked(Case(problem, 5, 4), [replace(whole, split=(("n", 8),))])
+    assert kernel is not None and kernel.source.count("clear(memory") == 1
+
+
+@pytest.mark.parametrize("direction", PASSES)
+def test_parts_that_do_not_lie_together_are_refused(direction: str) -> None:
+    """Channels beside each other need no gathering, and a few lines of each channel lie apart."""
+    geometry = GEOMETRIES["sixteen channels a group"]
+    assert not wholes(problem_of(direction, geometry, "channels_last_3d"))
+    for layout, most in (("channels_last_3d", 98), ("contiguous", 28)):
+        nest = nest_of(problem_of(direction, geometry, layout))
+        sides = ((p, p.depth if direction == "grad_weight" else p.rows) for p in products(nest))
+        part = next(p for p, side in sides if side[1] <= most and not p.apart)
+        schedule = replace(part, whole=True).schedule(nest)
+        assert model_staged.cost(apply(nest, schedule), part.warps, whole=True) == math.inf
+        with pytest.raises(ScheduleError, match="reads no whole part of a tensor"):
+            emulated(nest, schedule)
 
 
 def test_walks_that_are_none_are_refused() -> None:
