@@ -32,7 +32,7 @@ class Guesses:
         self._known: dict[tuple[Problem, int], _Guess] = {}
 
     def of(self, problem: Problem, batch: int) -> Iterator[Schedule]:
-        """The best at a batch first, each worked out when it is asked for.
+        """The best at a batch first.
 
         Where PyTorch's switch allows TF32, its kernels do without for many layers, and then a product in TF32
         is not exact enough: what is best without it comes second, or first where it is nearly as fast.

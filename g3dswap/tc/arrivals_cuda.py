@@ -23,21 +23,21 @@ class Arrival:
     """A box whose words are copied to where they are read.
 
     fetched: bytes that a copy of it takes; placed: those of the box, where they are others.
+    settles: whether there is something to be done when it has arrived; floats are rounded after that.
     """
+
+    settles = False
 
     def __init__(self, text: CudaText, box: Box) -> None:
         self.text, self.box = text, box
         self.fetched, self.placed = box.size * text.item, 0
-
-    settles = False
-    """Whether there is something to be done when it has arrived; what is left then are rounded factors."""
 
     def begin(self, fetched: str, placed: str) -> str:
         """Where fragments are read, of what is fetched and placed there."""
         return fetched
 
     def clear(self, placed: int, threads: int) -> None:
-        """Write what is the same at every copy to so many bytes behind the beginning."""
+        """Write what is the same at every copy, where the box is placed."""
 
     def fetch(self, to: str, threads: int, thread: str) -> None:
         """Begin the copies, each thread its own."""
@@ -63,12 +63,12 @@ class _Slab:
 class SlabArrival(Arrival):
     """A box whose part of the tensor is copied as it lies, and then gathered."""
 
+    settles = True
+
     def __init__(self, text: CudaText, box: Box, slab: _Slab) -> None:
         super().__init__(text, box)
         self.slab = slab
         self.fetched, self.placed = slab.size * text.item, box.size * text.item
-
-    settles = True
 
     def begin(self, fetched: str, placed: str) -> str:
         return placed
@@ -80,11 +80,10 @@ class SlabArrival(Arrival):
 
     def fetch(self, to: str, threads: int, thread: str) -> None:
         text, slab = self.text, self.slab
+        begin = text.form(slab.base, kind="(i64)")
         with text.block():
             text.emit(f"{text.kind}* to = reinterpret_cast<{text.kind}*>({to});")
-            text.emit(
-                f"const {text.kind}* from = {self.box.tensor} + ({text.form(slab.base, kind='(i64)')});"
-            )
+            text.emit(f"const {text.kind}* from = {self.box.tensor} + ({begin});")
             head = f"int e = {thread} * {slab.width}; e < {slab.size}; e += {threads * slab.width}"
             with text.block(f"for ({head})"):
                 text.emit(f"copy<{slab.width * text.item}>(to + e, from + e, true);")

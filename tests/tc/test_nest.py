@@ -161,6 +161,23 @@ def test_a_schedule_is_independent_of_the_extents() -> None:
     assert [p.step for p in large.loops if p.axis in "tw"] == [4, 16, 1, 1]
 
 
+def test_blocks_of_the_batch_add_up_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many programs are enough: the last block is short, or every one is a single step."""
+    plain = nest(Problem("forward", Geometry(2, 2, 2, (1, 3, 4), (1, 3, 3), padding=(0, 1, 1))))
+    blocked = apply(plain, schedule(FORWARD_LOOPS + "n 3 serial | " + REDUCTIONS))
+    rng = np.random.default_rng(0)
+    arrays = {
+        tensor.name: rng.standard_normal([7 if e is None else e for e in tensor.shape])
+        for tensor in map(plain.tensor, plain.operands)
+    }
+    expected = interpret(plain, arrays, 7)
+    for enough, share in ((1, 3), (7, 2), (100, 1)):
+        monkeypatch.setattr("g3dswap.tc.nest.ENOUGH", enough)
+        assert blocked.blocks is not None and blocked.blocks.share(7) == share
+        assert blocked.blocks.number(7) == -(-7 // share) and blocked.blocks.number(0) == 0
+        np.testing.assert_allclose(interpret(blocked, arrays, 7), expected, atol=1e-12)
+
+
 def test_a_phase_is_the_least_significant_digit_wherever_it_stands() -> None:
     digits = [*serial(of("grad_input")).digits, Digit("w", 4, "unroll"), Digit("w", 2, "unroll", True)]
     loops = apply(of("grad_input"), Schedule(tuple(digits))).loops
