@@ -10,7 +10,8 @@ significant; a `phase` digit is the least significant wherever it stands, which 
 by a stride (t = 2 * t' + phase) so that an exact division is decided at compile time.  The digits of a
 part of a fused axis are less significant than the fused axis's: "h*w 128 lanes | w 4 unroll" gives each
 lane a block of four columns; where that block is bound to a side of a product too, the side runs along
-both.  What is packed or skewed (`pack`, `skew`) has axes of its own to split.
+both.  What is packed or skewed (`pack`, `skew`) has axes of its own to split.  "n rest grid | n 8 serial"
+gives a program up to eight steps of the batch: fewer where there would be too few programs (`nest.Blocks`).
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def test_on_a_walk_the_next_part_is_on_its_way(direction: str, name: str, layout
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
-@pytest.mark.parametrize("name", ["sixteen channels a group", "strided", "a multiplier"])
+@pytest.mark.parametrize("name", ["sixteen channels a group", "a multiplier"])
 @pytest.mark.parametrize("direction", PASSES)
 def test_a_program_has_a_block_of_the_batch(
     direction: str, name: str, layout: str, monkeypatch: pytest.MonkeyPatch
@@ -219,10 +219,8 @@ def wholes(problem: Problem) -> list[Product]:
     return [product for product in products(nest_of(problem)) if product.whole]
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES])
-@pytest.mark.parametrize(
-    "name", ["sixteen channels a group", "32 channels a group", "lines of odd length", "strided"]
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["sixteen channels a group", "lines of odd length", "strided"])
 @pytest.mark.parametrize("direction", PASSES)
 def test_what_lies_together_is_copied_as_it_lies(direction: str, name: str, dtype: torch.dtype) -> None:
     plain = problem_of(direction, GEOMETRIES[name], bias=True)

@@ -121,8 +121,11 @@ def measured(layer: dict[str, Any]) -> list[tuple[float, float]]:
     found = []
     for text, microseconds in layer["kernels"]:
         schedule = Schedule.from_json(text)
-        warps, buffers, teams = (schedule.hint(*it) for it in (("warps", 4), ("stages", 1), ("teams", 1)))
-        seconds = model_staged.cost(apply(nest, schedule), warps, buffers, teams, layer["batch"])
+        hints = {"warps": 4, "stages": 1, "teams": 1, "whole": 0}
+        warps, buffers, teams, whole = (schedule.hint(*hint) for hint in hints.items())
+        seconds = model_staged.cost(
+            apply(nest, schedule), warps, buffers, teams, bool(whole), batch=layer["batch"]
+        )
         found.append((seconds, microseconds))
     return found
 
