@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from . import batch_text
 from .linear import Linear
 from .nest import SIDE_BINDS, Nest
 from .place_nd import Spot, Spotter
@@ -53,20 +54,14 @@ class CudaText:
         self.emit(end)
 
     def count(self, i: int) -> str:
-        """How often a loop runs: in a block of the batch less where that is the last one."""
-        count = self.nest.loops[i].count
-        if count is None:
-            return "blocks" if self.nest.shares else "batch"
-        if not self.nest.is_in_block(i):
-            return str(count)
-        outer = next(k for k, loop in enumerate(self.nest.loops) if loop.count is None)
-        return f"min(share, batch - {self.names[f'v{outer}']})"
+        """How often a loop runs."""
+        return batch_text.count(self.nest, i, self.names)
 
     def decode(self, loops: Sequence[int], number: str) -> None:
         """Variables of these loops from the number of a step of all of them, the last the fastest."""
         for place, i in enumerate(reversed(loops)):
             name, count = self.names[f"v{i}"], self.count(i)
-            scale = " * share" if self.nest.shares and self.nest.loops[i].count is None else ""
+            scale = " * share" if batch_text.is_first_of_block(self.nest, i) else ""
             if place == len(loops) - 1:
                 self.emit(f"const int {name} = {number}{scale};")
                 break

@@ -24,12 +24,11 @@ The whole grammar::
 An axis's value is the sum of its digits.  Digits may overshoot the extent (the product of counts is a
 multiple of the tile); such iterations contribute nothing and store nothing.  The batch has one loop, of as
 many steps as there are, or two: blocks of it on the grid (`Blocks`), whose variable is the first step of a
-block, and a serial loop in each.
-`unroll`, `lanes`, the three axes of a matrix product and `warps`, of which each warp has a step, form the
-register tile, and all of them stand at the end of `loops`; an `unroll` further out repeats the code.  A side
-of a product has one loop, and a second one where it runs along blocks of a part.  A reduction on the grid
-leaves partial results, of which no function is to be taken: a nest with pointwise expressions has none.  An
-unscheduled nest has one serial loop for each axis.
+block, and a serial loop in each.  `unroll`, `lanes`, the three axes of a matrix product and `warps`, of which
+each warp has a step, form the register tile, and all of them stand at the end of `loops`; an `unroll` further
+out repeats the code.  A side of a product has one loop, and a second one where it runs along blocks of a
+part.  A reduction on the grid leaves partial results, of which no function is to be taken: a nest with
+pointwise expressions has none.  An unscheduled nest has one serial loop for each axis.
 """
 
 from __future__ import annotations
@@ -148,10 +147,11 @@ class Blocks:
     others: int
 
     def share(self, batch: int) -> int:
-        """Steps of a block, of a whole one."""
+        """Steps of a block that is whole."""
         return max(1, min(self.most, batch * self.others // ENOUGH))
 
     def number(self, batch: int) -> int:
+        """How many blocks there are."""
         return -(-batch // self.share(batch))
 
 

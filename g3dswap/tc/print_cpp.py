@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterator
 
 from ..errors import ScheduleError
+from . import batch_text
 from .buffers import make_buffer
 from .copies_cpp import MEMORY_TYPES, CopyPrinter
 from .linear import Linear
-from .nest import ENOUGH, Access, Nest
+from .nest import Access, Nest
 from .place import Env, Guard, Place, Placer
 from .pointwise_cpp import pointwise_cpp
 from .prelude_cpp import prelude
@@ -68,17 +69,15 @@ class _Printer(CopyPrinter):
     def print(self) -> str:
         nest = self.nest
         grid = [i for i, loop in enumerate(nest.loops) if loop.bind == "grid"]
-        counts = {i: self.count(i) for i in grid}
+        counts = {i: batch_text.count(nest, i, {}) for i in grid}
+        starts = {i for i in grid if batch_text.is_first_of_block(nest, i)}
         for i, name in enumerate(nest.operands):
             memory = MEMORY_TYPES[self.dtype]
             self.emit(f"const {memory}* __restrict const {name} = (const {memory}*)operands[{i}];")
         out_type = self.compute if nest.partial_loops else MEMORY_TYPES[self.dtype]
         self.emit(f"{out_type}* __restrict const {nest.output.tensor} = ({out_type}*)out;")
-        if nest.shares:
-            most = nest.shares.most
-            self.emit(f"const int64_t wanted = batch * {nest.shares.others} / {ENOUGH};")
-            self.emit(f"const int64_t share = wanted < 1 ? 1 : wanted < {most} ? wanted : {most};")
-            self.emit("const int64_t blocks = (batch + share - 1) / share;")
+        for line in batch_text.definitions(nest, "int64_t"):
+            self.emit(line)
         self.emit(f"const int64_t tasks = {' * '.join(['(int64_t)1', *(counts[i] for i in grid)])};")
         self.emit("int failed = 0;")
         self.emit("#pragma omp parallel num_threads(threads) if (threads > 1)")
@@ -90,7 +89,7 @@ class _Printer(CopyPrinter):
                     self.emit("if (!scratch) continue;")
                 self.emit("int64_t rest = task;")
                 for i in reversed(grid):
-                    scale = " * share" if counts[i] == "blocks" else ""
+                    scale = " * share" if i in starts else ""
                     self.emit(f"const int64_t v{i} = rest % {counts[i]}{scale}; rest /= {counts[i]};")
                 self.partial(counts)
                 self.level(len(grid), {})
@@ -122,7 +121,7 @@ class _Printer(CopyPrinter):
             return
         number = "(int64_t)0"
         for i in self.nest.partial_loops:
-            own = f"v{i} / share" if counts[i] == "blocks" else f"v{i}"
+            own = f"v{i} / share" if batch_text.is_first_of_block(self.nest, i) else f"v{i}"
             number = f"({number} * {counts[i]} + {own})"
         shape = self.nest.tensor(self.nest.output.tensor).shape
         size = " * ".join("batch" if e is None else str(e) for e in shape)
@@ -159,18 +158,8 @@ class _Printer(CopyPrinter):
                 with self.block(""):
                     self.level(i + 1, {**env, f"v{i}": value})
             return
-        with self.block(f"for (int64_t v{i} = 0; v{i} < {self.count(i)}; ++v{i})"):
+        with self.block(f"for (int64_t v{i} = 0; v{i} < {batch_text.count(self.nest, i, {})}; ++v{i})"):
             self.level(i + 1, env)
-
-    def count(self, i: int) -> str:
-        """How often a loop runs: in a block of the batch less where that is the last one."""
-        count = self.nest.loops[i].count
-        if count is None:
-            return "blocks" if self.nest.shares else "batch"
-        if not self.nest.is_in_block(i):
-            return str(count)
-        left = f"batch - v{next(k for k, loop in enumerate(self.nest.loops) if loop.count is None)}"
-        return f"({left} < share ? {left} : share)"
 
     # The register tile
 

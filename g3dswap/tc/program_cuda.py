@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import ScheduleError
+from . import batch_text
 from .cuda_text import ROW, CudaText, Names
-from .nest import ENOUGH, Nest
+from .nest import Nest
 from .place import Env
 from .place_nd import Spot
 from .roles import image_and_other
@@ -66,18 +67,14 @@ class Program(CudaText):
     def place_in_grid(self) -> None:
         """Loop variables of the grid, and the number of this program's partial result."""
         real = [i for i in self.grid if self.nest.loops[i].count != 1]
-        blocks = self.nest.shares
-        if blocks:
-            self.emit(f"const i64 wanted = (i64)batch * {blocks.others} / {ENOUGH};")
-            self.emit(f"const int share = wanted < 1 ? 1 : wanted < {blocks.most} ? wanted : {blocks.most};")
-            self.emit("const int blocks = (batch - 1) / share + 1;")
+        self.emit(*batch_text.definitions(self.nest, "int"))
         if real:
             self.decode(real, "blockIdx.x")
         for own in self.apart:
             self.emit(f"const int {self.names[own]} = warp;")
         partial = "0"
         for i in self.nest.partial_loops:
-            own = self.names[f"v{i}"] + (" / share" if blocks and self.nest.loops[i].count is None else "")
+            own = self.names[f"v{i}"] + (" / share" if batch_text.is_first_of_block(self.nest, i) else "")
             partial = f"({partial}) * {self.count(i)} + {own if i in real else 0}"
         if self.nest.partial_loops:
             self.emit(f"const i64 partial = {partial};")

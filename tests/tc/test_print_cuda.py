@@ -184,7 +184,7 @@ def test_a_program_has_a_block_of_the_batch(
 ) -> None:
     """The last one is short, and may have one image only; a smaller batch is a part of one block."""
     monkeypatch.setattr("g3dswap.tc.nest.ENOUGH", 1)
-    monkeypatch.setattr("g3dswap.tc.program_cuda.ENOUGH", 1)
+    monkeypatch.setattr("g3dswap.tc.batch_text.ENOUGH", 1)
     problem = problem_of(direction, GEOMETRIES[name], layout, bias=True)
     found = [
         replace(p, split=(("n", 3), *(pair for pair in p.split if pair[0] != "n")))
