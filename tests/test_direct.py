@@ -36,7 +36,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.fixture(scope="module", autouse=True)
 def loaded() -> Iterator[None]:
     """In the tests of this file alone: others watch what Python does."""
-    direct._loading = None  # of an earlier time in this process
+    if (
+        direct._loading is not None
+    ):  # begun by an earlier test: it would replace what is loaded here, any time
+        direct._loading.join()
+    direct._loading = None
     direct.load()
     assert direct.extension is not None
     choose.forget()

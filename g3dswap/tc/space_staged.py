@@ -301,20 +301,23 @@ def _walks(
     nest: Nest, batch: int, sides: Sequence[Side], tile: Tile, outside: str | None, thorough: bool
 ) -> list[Split]:
     """No walk, and walks of steps that leave little over: along the positions outside of a program's, and
-    along the batch where that leaves programs enough."""
+    along the batch where that leaves programs enough; there only if there are no others, or for a thorough
+    look."""
     found: list[Split] = [()]
     name = fused_name(sides[0][0])
     steps = _steps_outside(nest, batch, sides, tile)
     programs = math.prod(count for axis, count in steps.items() if not reduces(nest, axis))
-    images = [axis.name for axis in nest.axes if axis.extent is None]
-    for axis in [*filter(None, (outside, name)), *images]:
-        most = programs // ENOUGH if axis in images else steps[axis]
-        fitting = [
-            n
-            for n in WALKS
-            if n <= min(most, steps[axis]) and -(-steps[axis] // n) * n <= WASTED * steps[axis]
-        ]
-        found += [((axis, n),) for n in (fitting if thorough else fitting[-1:])]
+
+    def add(axis: str, most: int) -> None:
+        extent = steps[axis]
+        fitting = [n for n in WALKS if n <= min(most, extent) and -(-extent // n) * n <= WASTED * extent]
+        found.extend(((axis, n),) for n in (fitting if thorough else fitting[-1:]))
+
+    for axis in filter(None, (outside, name)):
+        add(axis, steps[axis])
+    if thorough or len(found) == 1:
+        for image in (axis.name for axis in nest.axes if axis.extent is None):
+            add(image, programs // ENOUGH)
     return found
 
 
