@@ -10,6 +10,7 @@ import torch
 from .comprehensions import nest
 from .problem import Problem
 from .tc import kernel
+from .tc.product import is_product
 from .tc.schedule import Schedule
 from .tc.space import Space
 
@@ -35,13 +36,14 @@ class Guesses:
         """The best at a batch first.
 
         Where PyTorch's switch allows TF32, its kernels do without for many layers, and then a product in TF32
-        is not exact enough: what is best without it comes second, or first where it is nearly as fast.
+        is not exact enough: what is best without it comes second, or first where it is nearly as fast.  It is
+        worked out only where the best is such a product.
 
         NoCompilerError: no kernel can be built. ScheduleError: there is no schedule.
         """
         kernel.require(kernel.target_of(problem.device))
         found = [self._default(problem, batch)]
-        if problem.precision == "tf32":
+        if problem.precision == "tf32" and is_product(found[0].schedule):
             found.append(self._default(replace(problem, precision="ieee"), batch))
             if found[1].seconds < WORTH * found[0].seconds:
                 found.reverse()

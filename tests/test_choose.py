@@ -409,6 +409,7 @@ def use_precise_space(monkeypatch: pytest.MonkeyPatch, rounded: int, exact: int)
             return schedule(self.number)
 
     monkeypatch.setattr(guessed, "Space", Precise)
+    monkeypatch.setattr(guessed, "is_product", lambda schedule: True)
 
 
 @pytest.mark.parametrize(("exact", "first"), [(12, 12), (14, 10)])
@@ -418,6 +419,15 @@ def test_the_default_rounds_nothing_where_that_is_nearly_as_fast(
     use_precise_space(monkeypatch, 10, exact)
     wide = replace(PROBLEM, precision="tf32")
     assert chooser(cache, "none").choose(wide).schedule == schedule(first).to_json()
+
+
+def test_what_rounds_nothing_is_not_worked_out_where_the_default_does_not_either(
+    world: World, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_precise_space(monkeypatch, 10, 11)
+    monkeypatch.setattr(guessed, "is_product", lambda schedule: False)
+    wide = replace(PROBLEM, precision="tf32")
+    assert chooser(cache, "none").choose(wide).schedule == schedule(10).to_json()
 
 
 def test_where_tf32_is_not_exact_enough_the_default_does_without(

@@ -29,8 +29,3 @@ def count(nest: Nest, i: int, names: Mapping[str, str]) -> str:
     first = next(f"v{k}" for k, loop in enumerate(nest.loops) if loop.count is None)
     left = f"batch - {names.get(first, first)}"
     return f"({left} < share ? {left} : share)"
-
-
-def is_first_of_block(nest: Nest, i: int) -> bool:
-    """Whether a loop's variable is the first step of a block, and not the number of one."""
-    return nest.shares is not None and nest.loops[i].count is None

@@ -61,7 +61,7 @@ class CudaText:
         """Variables of these loops from the number of a step of all of them, the last the fastest."""
         for place, i in enumerate(reversed(loops)):
             name, count = self.names[f"v{i}"], self.count(i)
-            scale = " * share" if batch_text.is_first_of_block(self.nest, i) else ""
+            scale = " * share" if self.nest.is_first_of_block(i) else ""
             if place == len(loops) - 1:
                 self.emit(f"const int {name} = {number}{scale};")
                 break

@@ -6,7 +6,6 @@ touched ends, so that reading or writing a single element behind it is a crash t
 
 from __future__ import annotations
 
-import math
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -86,7 +85,5 @@ def _bytes(nest: Nest, batch: int) -> Sequence[int]:
     out = nest.tensor(nest.output.tensor)
     result = elements(out) * width(out)
     if nest.partial_counts:
-        blocks = nest.blocks.number(batch) if nest.blocks else batch
-        parts = math.prod(blocks if count is None else count for count in nest.partial_counts)
-        result = elements(out) * parts * max(4, width(out))
+        result = elements(out) * nest.parts(batch) * max(4, width(out))
     return [result, *(elements(t) * width(t) for t in map(nest.tensor, nest.operands))]

@@ -36,10 +36,10 @@ def interpret(nest: Nest, arrays: Mapping[str, Floats], batch: int = 1) -> Float
     arrays = {name: arrays[name].reshape(shapes[name]) for name in nest.operands}
     result = np.zeros(shapes[nest.output.tensor])
     buffers = {s.tensor: make_buffer(nest, s) for s in nest.stages}
-    first = {f"v{i}" for i, loop in enumerate(nest.loops) if loop.count is None and nest.shares}
-    share = nest.blocks.share(batch) if nest.blocks else 1
-    for step in _iterations(counts):
-        env = {variable: value * share if variable in first else value for variable, value in step.items()}
+    for env in _iterations(counts):
+        if nest.shares:  # blocks have been counted; their loop's variable is the first step of each
+            share = nest.shares.share(batch)
+            env |= {f"v{i}": env[f"v{i}"] * share for i in range(len(counts)) if nest.is_first_of_block(i)}
         axes = {a.name: _axis_value(nest, a.name, env) for a in nest.axes}
         live = np.ones((), bool)
         for a in nest.axes:

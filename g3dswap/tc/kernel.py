@@ -71,8 +71,7 @@ class Kernel:
         if self.partial_counts is None:
             self.launch(operands, out, batch)
             return
-        blocks = self.nest.blocks.number(batch) if self.nest.blocks else batch
-        parts = math.prod(blocks if count is None else count for count in self.partial_counts)
+        parts = self.nest.parts(batch)
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         if parts == 1 and out.dtype == dtype:
             self.launch(operands, out, batch)

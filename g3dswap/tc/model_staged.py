@@ -73,7 +73,6 @@ class _Part:
     """What a program copies of a factor at a time: elements, those of one copy, those that lie together.
 
     turned: what lies side by side in memory does not do so in shared memory.
-    slab: elements that are copied as they lie and then gathered; 0: none are.
     """
 
     elements: int
@@ -81,45 +80,63 @@ class _Part:
     together: int
     size: int
     turned: bool
-    slab: int = 0
+
+    @property
+    def gathered(self) -> float:
+        """Issue slots of all warps that gather what has arrived."""
+        return 0.0
 
     @property
     def bytes(self) -> float:
         """Of the sectors that hold them."""
-        if self.slab:
-            return self.slab * self.size
         return self.elements * self.size * max(1.0, SECTOR / (self.together * self.size))
 
     @property
     def copies(self) -> float:
         """Instructions of a warp."""
-        if self.slab:
-            return self.slab * self.size / WIDEST / WARP
         return self.elements / self.width / WARP
-
-    @property
-    def gathered(self) -> float:
-        """Issue slots of all warps that gather what has arrived."""
-        return self.slab / WARP * GATHERED
 
     def room(self, buffers: int) -> float:
         """Elements that there is room for, with so many buffers of what is copied."""
-        box = self.elements * PADDED
-        return box + self.slab * buffers if self.slab else box * buffers
+        return self.elements * PADDED * buffers
 
     @property
     def is_async(self) -> bool:
         """Whether a thread goes on while its copies are under way."""
-        return bool(self.slab) or (not self.is_loaded and not self.turned)
+        return not self.is_loaded and not self.turned
 
     @property
     def is_loaded(self) -> bool:
         """Whether copies are loads and stores of single elements, which are no whole words."""
-        return not self.slab and self.width == 1 and self.size < REGISTER
+        return self.width == 1 and self.size < REGISTER
 
     def waits(self, threads: int) -> float:
         """How often a thread waits for loads, which copies of single elements are."""
         return self.elements / (threads * IN_FLIGHT) if self.is_loaded else 0.0
+
+
+@dataclass(frozen=True)
+class _Slab(_Part):
+    """A part of which the tensor has so many elements, which are copied as they lie and then gathered."""
+
+    slab: int
+
+    is_async, is_loaded = True, False
+
+    @property
+    def gathered(self) -> float:
+        return self.slab / WARP * GATHERED
+
+    @property
+    def bytes(self) -> float:
+        return self.slab * self.size
+
+    @property
+    def copies(self) -> float:
+        return self.slab * self.size / WIDEST / WARP
+
+    def room(self, buffers: int) -> float:
+        return self.elements * PADDED + self.slab * buffers
 
 
 @dataclass(frozen=True)
@@ -237,7 +254,7 @@ def _rows(nest: Nest, warps: int, runs: int, whole: bool) -> _Work:
         waits=steps * part.waits(warps * WARP) + kernel.waits(warps * WARP),
         copied=steps * part.bytes + kernel.bytes,
         pieces=steps * _pieces(nest, level),
-        gathers=part.slab > 0,
+        gathers=part.gathered > 0,
     )
 
 
@@ -270,8 +287,8 @@ def _depth(nest: Nest, warps: int, runs: int, buffers: int, teams: int, whole: b
         arrivals=_arrivals(rounds, ahead),
         waits=rounds * sum(part.waits(members * WARP) for part in parts),
         copied=copied,
-        shares_depth=groups == 1 and not any(part.turned or part.slab for part in parts),
-        gathers=any(part.slab for part in parts),
+        shares_depth=groups == 1 and not any(part.turned or part.gathered for part in parts),
+        gathers=any(part.gathered for part in parts),
     )
 
 
@@ -334,7 +351,8 @@ def _part(nest: Nest, access: Access, level: int, whole: bool = False) -> _Part:
         if stride == together:
             together *= span
     slab = _slab(nest, access, level, spans) if whole and (turned or width == 1) else 0
-    return _Part(math.prod(spans), width, together, size, turned, slab)
+    part = math.prod(spans), width, together, size, turned
+    return _Slab(*part, slab) if slab else _Part(*part)
 
 
 def _slab(nest: Nest, access: Access, level: int, spans: Sequence[int]) -> int:

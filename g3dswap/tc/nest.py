@@ -258,6 +258,10 @@ class Nest:
         """Whether a loop is that over the steps of a block."""
         return self.loops[i].count is not None and self.extent(self.loops[i].axis) is None
 
+    def is_first_of_block(self, i: int) -> bool:
+        """Whether a loop's variable is the first step of a block, and not the number of one."""
+        return self.shares is not None and self.loops[i].count is None
+
     def counts(self, batch: int) -> list[int]:
         """How often each loop runs; in a block of the batch, at most."""
         number, share = (self.blocks.number(batch), self.blocks.share(batch)) if self.blocks else (batch, 0)
@@ -299,7 +303,7 @@ class Nest:
         """The reduction loops that are mapped to the grid; each of their steps makes a partial result."""
         return tuple(i for i, p in enumerate(self.loops) if p.bind == "grid" and self.is_reduce(p.axis))
 
-    @property
+    @functools.cached_property
     def partial_counts(self) -> tuple[int | None, ...]:
         """How many partial results there are of each element, by what makes them; (): sums are whole.
 
@@ -309,6 +313,11 @@ class Nest:
         grid = tuple(self.loops[i].count for i in self.partial_loops)
         left = () if self.stages else self.replicas
         return (*grid, *(self.extent(name) for name in left))
+
+    def parts(self, batch: int) -> int:
+        """How many partial results there are of each element; 1 where sums are whole."""
+        blocks = self.blocks.number(batch) if self.blocks else 1
+        return math.prod(blocks if count is None else count for count in self.partial_counts)
 
     def stage_of(self, tensor: str) -> Stage | None:
         return next((s for s in self.stages if s.tensor == tensor), None)

@@ -70,7 +70,7 @@ class _Printer(CopyPrinter):
         nest = self.nest
         grid = [i for i, loop in enumerate(nest.loops) if loop.bind == "grid"]
         counts = {i: batch_text.count(nest, i, {}) for i in grid}
-        starts = {i for i in grid if batch_text.is_first_of_block(nest, i)}
+        starts = {i for i in grid if nest.is_first_of_block(i)}
         for i, name in enumerate(nest.operands):
             memory = MEMORY_TYPES[self.dtype]
             self.emit(f"const {memory}* __restrict const {name} = (const {memory}*)operands[{i}];")
@@ -121,7 +121,7 @@ class _Printer(CopyPrinter):
             return
         number = "(int64_t)0"
         for i in self.nest.partial_loops:
-            own = f"v{i} / share" if batch_text.is_first_of_block(self.nest, i) else f"v{i}"
+            own = f"v{i} / share" if self.nest.is_first_of_block(i) else f"v{i}"
             number = f"({number} * {counts[i]} + {own})"
         shape = self.nest.tensor(self.nest.output.tensor).shape
         size = " * ".join("batch" if e is None else str(e) for e in shape)

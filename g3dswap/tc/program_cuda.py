@@ -74,7 +74,7 @@ class Program(CudaText):
             self.emit(f"const int {self.names[own]} = warp;")
         partial = "0"
         for i in self.nest.partial_loops:
-            own = self.names[f"v{i}"] + (" / share" if batch_text.is_first_of_block(self.nest, i) else "")
+            own = self.names[f"v{i}"] + (" / share" if self.nest.is_first_of_block(i) else "")
             partial = f"({partial}) * {self.count(i)} + {own if i in real else 0}"
         if self.nest.partial_loops:
             self.emit(f"const i64 partial = {partial};")

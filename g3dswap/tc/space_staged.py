@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -192,6 +192,7 @@ def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) 
     taps = tuple((a, nest.extent(a) or 1) for a in sides(nest) if (nest.extent(a) or 1) > 1)
     unrolled = [taps] if roles.along else [taps[start:] for start in range(min(3, len(taps) + 1))]
     workers = _workers(nest, form)
+    turned = not _nearest(nest).isdisjoint(roles.positions)  # channels have to be gathered
     for place, outside in _places(nest, roles, thorough):
         blocks = tuple((a, p) for a, p in phases(nest).items() if a in place[0])
         rows, depth = (place, channels) if roles.along else (channels, place)
@@ -202,29 +203,25 @@ def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) 
             if not _is_small(nest, tile, rows, share, depth, roles.along):
                 continue
             three = rows, share, depth
+            steps = _steps_outside(nest, batch, three, (*tile, *apart)) if roles.along or turned else {}
             if roles.along:
-                found = _walks(nest, batch, three, (*tile, *apart), outside, thorough)
+                found = _walks(nest, steps, place, outside, thorough)
             else:
                 found = splits(nest, three, (*tile, *apart), batch, PROGRAMS, blocks=True)
-            wholes = (False, True) if _is_whole(nest, three, (*tile, *apart), batch) else (False,)
+            copies = (False, True) if turned and _are_all_inside(steps, three, roles.positions) else (False,)
             for split in found:
                 made = Product(*three, *form, tile, split, 1, 1, 0, staged=True, apart=apart)
                 looped = not roles.along and made.loops(nest, batch)
                 buffers = (1, 2) if looped else (1,)
                 numbers = [(count, 1) for _, count in apart] or _teams(sharing, looped, thorough)
-                for (warps, teams), stages in itertools.product(numbers, buffers):
-                    made = replace(made, warps=warps, stages=stages, teams=teams)
-                    yield from (replace(made, whole=whole) for whole in wholes)
+                for (warps, teams), stages, lies in itertools.product(numbers, buffers, copies):
+                    yield replace(made, warps=warps, stages=stages, teams=teams, whole=lies)
 
 
-def _is_whole(nest: Nest, sides: Sequence[Side], tile: Tile, batch: int) -> bool:
-    """Whether a program has all positions, of an image or a group of them that would be turned around."""
-    positions = roles_of(nest).positions
-    if not _nearest(nest) & {*positions}:
-        return False
-    steps = _steps_outside(nest, batch, sides, tile)
-    named = {a: fused_name(axes) for axes, _ in sides for a in axes}
-    return all(steps[named.get(axis, axis)] == 1 for axis in positions)
+def _are_all_inside(steps: Mapping[str, int], sides: Sequence[Side], axes: Iterable[str]) -> bool:
+    """Whether a program with these sides has all of some axes, of which there are so many steps outside."""
+    named = {axis: fused_name(own) for own, _ in sides for axis in own}
+    return all(steps[named.get(axis, axis)] == 1 for axis in axes)
 
 
 def _steps_outside(nest: Nest, batch: int, sides: Sequence[Side], tile: Tile) -> dict[str, int]:
@@ -298,14 +295,12 @@ def _windows(nest: Nest, axis: str | None) -> list[Tile]:
 
 
 def _walks(
-    nest: Nest, batch: int, sides: Sequence[Side], tile: Tile, outside: str | None, thorough: bool
+    nest: Nest, steps: Mapping[str, int], place: Side, outside: str | None, thorough: bool
 ) -> list[Split]:
     """No walk, and walks of steps that leave little over: along the positions outside of a program's, and
     along the batch where that leaves programs enough; there only if there are no others, or for a thorough
     look."""
     found: list[Split] = [()]
-    name = fused_name(sides[0][0])
-    steps = _steps_outside(nest, batch, sides, tile)
     programs = math.prod(count for axis, count in steps.items() if not reduces(nest, axis))
 
     def add(axis: str, most: int) -> None:
@@ -313,7 +308,7 @@ def _walks(
         fitting = [n for n in WALKS if n <= min(most, extent) and -(-extent // n) * n <= WASTED * extent]
         found.extend(((axis, n),) for n in (fitting if thorough else fitting[-1:]))
 
-    for axis in filter(None, (outside, name)):
+    for axis in filter(None, (outside, fused_name(place[0]))):
         add(axis, steps[axis])
     if thorough or len(found) == 1:
         for image in (axis.name for axis in nest.axes if axis.extent is None):
