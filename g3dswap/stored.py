@@ -115,8 +115,9 @@ class Options:
         for entry in similar(self.cache, key_of(problem)):
             record = self._record(entry, problem)
             if record:
-                size = "x".join(map(str, entry.key["size"]))
-                where = f"on {entry.key['device_name']} at size {size}, {entry.key['dtype']}"
+                size, groups = "x".join(map(str, entry.key["size"])), entry.key["groups"]
+                others = f"{groups} groups, " if groups != problem.geometry.groups else ""
+                where = f"on {entry.key['device_name']} at size {size}, {others}{entry.key['dtype']}"
                 yield Stored(record, "nearest", f"tuned {where}, batch {record.batch}", timed=False)
 
     def seeds(self, problem: Problem, tried: Sequence[Record]) -> list[Schedule]:

@@ -570,6 +570,51 @@ def test_another_geometry_is_no_nearest(world: World, cache: Cache) -> None:
         assert again(cache).choose(other).is_native
 
 
+def grouped(groups: int, *of_a_group: int) -> Problem:
+    c_in, c_out = (groups * count for count in of_a_group)
+    return replace(PROBLEM, geometry=replace(GEOMETRY, in_channels=c_in, out_channels=c_out, groups=groups))
+
+
+def test_more_or_fewer_groups_of_the_same_channels_are_similar(world: World, cache: Cache) -> None:
+    world.seconds = {-1: 3.0, 6: 1.0}
+    chooser(cache).choose(grouped(16, 1, 2))
+    world.seconds = {-1: 3.0, 5: 1.0}
+    chooser(cache).choose(grouped(4, 1, 2))
+    with pytest.warns(G3DSwapWarning, match="at size 5x6x7, 4 groups, float32"):
+        choice = again(cache).choose(grouped(6, 1, 2))
+    assert choice.source == "nearest" and choice.schedule == schedule(5).to_json()
+    assert outcome(choice) < 1e-6
+
+
+@pytest.mark.parametrize(("groups", "of_a_group"), [(4, (2, 2)), (4, (1, 1)), (4, (2, 4)), (40, (1, 2))])
+def test_other_channels_of_a_group_or_far_more_groups_are_not(
+    world: World, cache: Cache, groups: int, of_a_group: tuple[int, int]
+) -> None:
+    chooser(cache).choose(grouped(4, 1, 2))
+    with pytest.warns(G3DSwapWarning, match="PyTorch's own kernel is used"):
+        assert again(cache).choose(grouped(groups, *of_a_group)).is_native
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"groups": 0},
+        {"groups": "8"},
+        {"size": 7},
+        {"size": [5, 6]},
+        {"size": [5, 6, None]},
+        {"size": [5, 6, -7]},
+    ],
+)
+def test_keys_that_are_none_of_ours_are_no_nearest(
+    world: World, cache: Cache, fields: dict[str, Any]
+) -> None:
+    chooser(cache).choose(PROBLEM)
+    moved(cache, **fields)
+    with pytest.warns(G3DSwapWarning, match="PyTorch's own kernel is used"):
+        assert again(cache).choose(PROBLEM).is_native
+
+
 def moved(cache: Cache, **fields: Any) -> None:
     """Let what was tuned be of another device or dtype."""
     for entry in cache.entries():
