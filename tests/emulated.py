@@ -55,11 +55,11 @@ alignas(128) unsigned char memory[MOST + 4096];
 
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
-enum State { RUNS, AT_WARP, AT_BLOCK, DONE };
+enum State { RUNS, AT_WARP, AT_TEAM, AT_BLOCK, DONE };
 struct Copy { void* to; const void* from; int bytes; };
 // copies: those of groups that have ended, the oldest first, and of the one that has not.
 struct Fiber {
-  ucontext_t context; std::unique_ptr<char[]> stack; State state; u32 mail[6];
+  ucontext_t context; std::unique_ptr<char[]> stack; State state; u32 mail[6]; int team, mates;
   std::vector<std::vector<Copy>> copies;
 };
 static std::vector<Fiber> fibers;
@@ -71,6 +71,11 @@ static void wait_at(State state) {
 }
 static Fiber& lane(int i) { return fibers[threadIdx.x / 32 * 32 + i]; }
 static void __syncthreads() { wait_at(AT_BLOCK); }
+template <int THREADS> static void meet(int team) {
+  fibers[threadIdx.x].team = team;
+  fibers[threadIdx.x].mates = THREADS;
+  wait_at(THREADS == 0 ? AT_BLOCK : THREADS == 32 ? AT_WARP : AT_TEAM);
+}
 
 static float bits(u32 x) { float y; memcpy(&y, &x, 4); return y; }
 #if @HALF@
@@ -132,13 +137,13 @@ template <int WIDTH> static void put(u16* to, const u16* from) {
   memcpy(to, from, 2 * WIDTH);
 }
 static void committed() { fibers[threadIdx.x].copies.emplace_back(); }
-template <int GROUPS> static void arrived() {
+template <int GROUPS, int THREADS = 0> static void arrived(int team = 0) {
   auto& copies = fibers[threadIdx.x].copies;
   while (copies.size() > GROUPS + 1) {
     for (const Copy& it : copies.front()) carried_out(it);
     copies.erase(copies.begin());
   }
-  __syncthreads();
+  meet<THREADS>(team);
 }
 static void clear(unsigned char* at, int bytes, int thread, int threads) {
   for (int e = thread * 16; e < bytes; e += threads * 16) {
@@ -263,12 +268,23 @@ extern "C" int launch(int programs, int threads, void** with) {
         for (Fiber& each : fibers) each.state = RUNS;
         continue;
       }
+      bool moves = false;
       for (int first = 0; first < threads; first += 32) {
         int met = 0;
         for (int i = 0; i < 32; ++i) met += fibers[first + i].state == AT_WARP;
-        if (met == 32) for (int i = 0; i < 32; ++i) fibers[first + i].state = RUNS;
-        else if (met) return 2;  // lanes of a warp are at different places
+        if (met && met < 32) return 2;  // lanes of a warp are at different places
+        if (met) for (int i = 0; i < 32; ++i) fibers[first + i].state = RUNS;
+        moves |= met > 0;
       }
+      for (int team = 0; team < threads / 32; ++team) {
+        auto waits = [&](const Fiber& it) { return it.state == AT_TEAM && it.team == team; };
+        std::vector<Fiber*> met;
+        for (Fiber& each : fibers) if (waits(each)) met.push_back(&each);
+        if (met.empty() || (int)met.size() < met[0]->mates) continue;
+        for (Fiber* each : met) each->state = RUNS;
+        moves = true;
+      }
+      if (!moves) return 1;
     }
   }
   return 0;

@@ -36,7 +36,7 @@ class Arrival:
         """Where fragments are read, of what is fetched and placed there."""
         return fetched
 
-    def clear(self, placed: int, threads: int) -> None:
+    def clear(self, placed: str, threads: int, thread: str) -> None:
         """Write what is the same at every copy, where the box is placed."""
 
     def fetch(self, to: str, threads: int, thread: str) -> None:
@@ -44,7 +44,7 @@ class Arrival:
         write_copy(self.text, self.box, to, threads, thread)
 
     def settle(self, fetched: str, placed: str, threads: int, thread: str) -> None:
-        """Make of what has arrived what fragments are read from; all threads are to meet before and after."""
+        """Make of what has arrived what fragments are read from; its threads are to meet before and after."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class SlabArrival(Arrival):
     def begin(self, fetched: str, placed: str) -> str:
         return placed
 
-    def clear(self, placed: int, threads: int) -> None:
+    def clear(self, placed: str, threads: int, thread: str) -> None:
         """Write the zeros around the tensor's elements."""
         if any(first or count < dim.span for (first, count), dim in zip(self.slab.inside, self.box.dims)):
-            self.text.emit(f"clear(memory + {placed}, {self.placed}, thread, {threads});")
+            self.text.emit(f"clear({placed}, {self.placed}, {thread}, {threads});")
 
     def fetch(self, to: str, threads: int, thread: str) -> None:
         text, slab = self.text, self.slab

@@ -14,6 +14,8 @@ from .words import ITEM_BYTES
 INDENT = "  "
 REGISTER, ROW = 4, 16
 """Bytes of a register, and of a row that `ldmatrix` loads, of which a product's depth has two."""
+MEET = "__syncthreads();"
+"""How the threads of a program wait for each other."""
 Names = Mapping[str, str]
 """Of variables, where they do not go by their own."""
 

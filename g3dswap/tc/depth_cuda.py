@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from ..errors import ScheduleError
 from .arrivals_cuda import arrivals_of
 from .box import box_of
+from .cuda_text import MEET
 from .fragments_cuda import DepthFragments
 from .loads_cuda import DepthLoads, TurnedLoads, WordLoads
 from .nest import Access, Nest
@@ -61,7 +61,7 @@ class DepthProgram(Program):
             self.emit(f"const int team = thread / {self.members}, member = thread % {self.members};")
             buffer += f" + team * {size * self.buffers}"
             own += f" + team * {room}"
-            step, rounds = f"round * {self.teams} + team", f"(steps + {self.teams - 1}) / {self.teams}"
+            step, rounds = f"round * {self.teams} + team", f"(steps + {self.teams - 1} - team) / {self.teams}"
         begins = [
             part.begin(f"buffer + {start}", f"address(memory) + {own} + {place}")
             for part, start, place in zip(parts, starts, places)
@@ -70,44 +70,33 @@ class DepthProgram(Program):
             factor.is_rounded = part.settles
         loads = (TurnedLoads if self.pair > 1 else WordLoads)(self, *factors, begins)
         for part, place in zip(parts, places):
-            for team in range(self.teams):
-                part.clear(behind + place + team * room, self.threads)
+            part.clear(f"memory + {own} + {place}", self.members, self.member)
         self.emit(f"float sum[{self.sums}][{self.rows}][{self.cols}][4] = {{}};")
         self.emit(f"const int steps = {' * '.join(self.count(i) for i in self.serial) or '1'};")
         self.emit(f"const int rounds = {rounds};")
         with self.block("auto fetch = [&](int round)", "};"):
             self.emit(f"const int step = {step};")
-            with self.own_part():
-                if self.serial:
-                    self.decode(self.serial, "step")
-                for part, start in zip(parts, starts):
-                    part.fetch(f"memory + {buffer} + {start}", self.members, self.member)
+            if self.serial:
+                self.decode(self.serial, "step")
+            for part, start in zip(parts, starts):
+                part.fetch(f"memory + {buffer} + {start}", self.members, self.member)
             self.emit("committed();")
-        ahead = self.buffers > 1
+        ahead, members = self.buffers > 1, self.members if self.teams > 1 else 0
         if ahead:
             self.emit("if (rounds > 0) fetch(0);")
-        with self.rounds("round", "rounds", ahead):
-            self.emit(f"const int step = {step};", f"const u32 buffer = address(memory) + {buffer};")
+        with self.rounds("round", "rounds", ahead, members):
+            self.emit(f"const u32 buffer = address(memory) + {buffer};")
             if any(part.settles for part in parts):
-                with self.own_part():
-                    for part, start, place in zip(parts, starts, places):
-                        there = f"memory + {buffer} + {start}", f"memory + {own} + {place}"
-                        part.settle(*there, self.members, self.member)
-                self.emit("__syncthreads();")
-            with self.own_part():
-                self.multiply(loads, points)
+                for part, start, place in zip(parts, starts, places):
+                    there = f"memory + {buffer} + {start}", f"memory + {own} + {place}"
+                    part.settle(*there, self.members, self.member)
+                self.emit(self.meet(members))
+            self.multiply(loads, points)
+        if self.teams > 1:
+            self.emit(MEET)
         sums = DepthSums(self, self.sums, self.rows, self.cols)
         sums.add_up()
         sums.store()
-
-    @contextmanager
-    def own_part(self) -> Iterator[None]:
-        """What a team does with its part of a round: nothing where it has none in the last one."""
-        if self.teams == 1:
-            yield
-            return
-        with self.block("if (step < steps)"):
-            yield
 
     @property
     def member(self) -> str:

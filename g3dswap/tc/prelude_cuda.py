@@ -32,11 +32,17 @@ template <int BYTES> static __device__ __forceinline__ void copy(void* to, const
 }
 // Ends a group of copies.
 static __device__ __forceinline__ void committed() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all threads' groups but the last so many have arrived.
-template <int GROUPS> static __device__ __forceinline__ void arrived() {
+// Waits for the other threads of a team of so many, or of the program.
+template <int THREADS> static __device__ __forceinline__ void meet(int team) {
+  if constexpr (THREADS == 0) __syncthreads();
+  else if constexpr (THREADS == 32) __syncwarp();
+  else asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "n"(THREADS) : "memory");
+}
+// Waits until all their groups of copies but the last so many have arrived.
+template <int GROUPS, int THREADS = 0> static __device__ __forceinline__ void arrived(int team = 0) {
   if constexpr (GROUPS == 0) asm volatile("cp.async.wait_all;" ::: "memory");
   else asm volatile("cp.async.wait_group %0;" :: "n"(GROUPS) : "memory");
-  __syncthreads();
+  meet<THREADS>(team);
 }
 
 // Writes zeros to so many bytes, and to the rest of the last sixteen.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from ..errors import ScheduleError
 from . import batch_text
-from .cuda_text import ROW, CudaText, Names
+from .cuda_text import MEET, ROW, CudaText, Names
 from .nest import Nest
 from .place import Env
 from .place_nd import Spot
@@ -85,15 +85,23 @@ class Program(CudaText):
         return f"for (int {name} = {first}; {name} < {count}; {name} += {step})"
 
     @contextmanager
-    def rounds(self, name: str, count: str, ahead: bool) -> Iterator[None]:
-        """A loop over so many copies that `fetch` makes; ahead: the next is on its way while one is used."""
-        following = f"{name} + 1 < {count}"
+    def rounds(self, name: str, count: str, ahead: bool, members: int = 0) -> Iterator[None]:
+        """A loop over so many copies that `fetch` makes; ahead: the next is on its way while one is used.
+
+        members: threads of a team that has copies of its own, or 0 where they are the program's.
+        """
+        following, whose = f"{name} + 1 < {count}", f", {members}>(team)" if members else ">()"
         self.emit("#pragma unroll 1")
         with self.block(f"for (int {name} = 0; {name} < {count}; ++{name})"):
             self.emit(f"if ({following}) fetch({name} + 1);" if ahead else f"fetch({name});")
-            self.emit(f"{following} ? arrived<1>() : arrived<0>();" if ahead else "arrived<0>();")
+            some, every = f"arrived<1{whose}", f"arrived<0{whose}"
+            self.emit(f"{following} ? {some} : {every};" if ahead else f"{every};")
             yield
-            self.emit("__syncthreads();")
+            self.emit(self.meet(members))
+
+    def meet(self, members: int) -> str:
+        """How threads wait for each other: those of a team of so many, or, for 0, of the program."""
+        return f"meet<{members}>(team);" if members else MEET
 
     def emit_if(self, test: str, statement: str) -> None:
         self.emit(f"if ({test}) {statement}" if test else statement)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from ..errors import ScheduleError
 from .arrivals_cuda import Arrival, arrivals_of
 from .box import WIDEST, box_of
+from .cuda_text import MEET
 from .fragments_cuda import RowFragments, TapFragments
 from .linear import Linear
 from .nest import Nest
@@ -56,7 +57,7 @@ class RowsProgram(Program):
         placed = self.take(part.placed)
         self.check_size(len(sums) * taps.cols * 4, len(points) * taps.deep * taps.cols)
         self.fetch(kernel, f"memory + {taps.begin}")
-        part.clear(placed, self.threads)
+        part.clear(f"memory + {placed}", self.threads, "thread")
         if self.steps == 1:
             self.fetch(part, f"memory + {fetched}")
         else:
@@ -73,7 +74,7 @@ class RowsProgram(Program):
         with self.walk():
             if part.settles:
                 part.settle(f"memory + {fetched}", f"memory + {placed}", self.threads, "thread")
-                self.emit("__syncthreads();")
+                self.emit(MEET)
             self.multiply_tiles(image, taps, part.begin(fetched, f"{placed}"), sums, points)
 
     def multiply_tiles(
@@ -217,13 +218,13 @@ class RowsProgram(Program):
         words, pitch = together // width, together + GAP
         begin = self.take(len(sums) * places * pitch * 2)
         self.emit(f"u16* const results = reinterpret_cast<u16*>(memory + {begin});")
-        self.emit("__syncthreads();  // those of the tile before are written")
+        self.emit(f"{MEET}  // those of the tile before are written")
         for number, _, first, second in self.results(sums, cols):
             row = f"({number * ROWS} + lane / 4 + half * 8) * {each}"
             for col, value in (("cols", first), ("(cols + 1)", second)):
                 at = f"({row} + {col} / {filters}) * {pitch} + warp * {filters} + {col} % {filters}"
                 self.emit(f"narrow(results + {at}, {value});")
-        self.emit("__syncthreads();")
+        self.emit(MEET)
         with self.block(f"for (int e = thread; e < {places * words}; e += {self.threads})"):
             self.emit(f"const int word = e % {words} * {width}, place = e / {words};")
             self.emit(f"const int cols = place % {each} * {filters} + word % {filters};")

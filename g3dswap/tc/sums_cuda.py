@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import ScheduleError
+from .cuda_text import MEET
 from .fragments_cuda import BANKS
 from .program_cuda import COLS, MOST_SHARED, ROWS, SHARED, Program
 from .words import MOST_REGISTERS, REGISTERS
@@ -83,7 +84,7 @@ class DepthSums:
                     for place, value in (("0", "own[0]"), (self.pitch, "own[1]")):
                         added = f"turn ? at[{place}] + {value} : {value}" if turns > 1 else value
                         emit(f"at[{place}] = {added};")
-            emit("__syncthreads();")
+            emit(MEET)
 
     def store(self) -> None:
         """Write the results."""
