@@ -19,21 +19,22 @@ from .fragments_cuda import DepthFragments
 from .loads_cuda import DepthLoads, TurnedLoads, WordLoads
 from .nest import Access, Nest
 from .place import Env
-from .program_cuda import COLS, ROWS, Program
+from .program_cuda import COLS, ROWS, Program, Settings
 from .sums_cuda import DepthSums
 from .words import WARP
 
 
 class DepthProgram(Program):
-    """buffers: parts of a team that there is room for.  teams: of warps, each with every so-many-th part."""
+    """members: threads of a team.  sums: of a warp, each a product."""
 
-    def __init__(self, nest: Nest, warps: int, buffers: int, teams: int, whole: bool) -> None:
-        super().__init__(nest, warps, whole)
+    def __init__(self, nest: Nest, settings: Settings) -> None:
+        super().__init__(nest, settings)
+        warps, teams = settings.warps, settings.teams
         if self.walks:
             raise ScheduleError("a program that sums positions has the same results throughout.")
         if warps % teams or (self.apart and teams > 1):
             raise ScheduleError(f"{teams} teams of {warps} warps; teams are equal, and share their groups.")
-        self.buffers, self.teams = buffers, teams
+        self.buffers, self.teams = settings.buffers, teams
         self.members = self.threads // teams
         self.sums = math.prod(nest.loops[i].count or 1 for i in self.parallel)
 
@@ -46,7 +47,7 @@ class DepthProgram(Program):
         each = self.rows * self.cols
         self.check_size(self.sums * each * 4, len(points) * each)
         factors = self.fragments(self.image, "rows", points), self.fragments(self.other, "cols", points)
-        parts = arrivals_of(self, [factor.box for factor in factors], self.whole)
+        parts = arrivals_of(self, [factor.box for factor in factors], self.settings.whole)
         before = self.shared
         starts = [self.take(part.fetched) - before for part in parts]
         size = self.shared - before

@@ -21,7 +21,7 @@ from .fragments_cuda import KEPT
 from .model_product import CYCLES
 from .model_triton import MOST_WARPS, PROCESSORS
 from .nest import Access, Index, Nest
-from .program_cuda import BUFFERS, COLS, MOST_SHARED, ROWS, SHARED, deep_of
+from .program_cuda import BUFFERS, COLS, MOST_SHARED, ROWS, SHARED, Settings, deep_of
 from .roles import Roles, image_and_other, roles_of
 from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, WARP
 
@@ -165,27 +165,15 @@ class _Work:
     gathers: bool = False
 
 
-def cost(
-    nest: Nest,
-    warps: int,
-    buffers: int = 1,
-    teams: int = 1,
-    whole: bool = False,
-    batch: int = 4,
-    room: int = MOST_SHARED,
-) -> float:
-    """Estimated seconds of a scheduled nest, run by programs of so many warps; infinite if none fits.
+def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED) -> float:
+    """Estimated seconds of a scheduled nest with such programs; infinite if none fits.
 
-    buffers, teams, whole: as for `print_cuda`.
     room: bytes of shared memory that a program can have.
     """
     programs, runs = runs_of(nest, batch)
-    work = (
-        _rows(nest, warps, runs, whole)
-        if roles_of(nest).along
-        else _depth(nest, warps, runs, buffers, teams, whole)
-    )
-    if work.shared > room or work.registers > HOPELESS or (whole and not work.gathers):
+    warps, along = settings.warps, roles_of(nest).along
+    work = _rows(nest, settings, runs) if along else _depth(nest, settings, runs)
+    if work.shared > room or work.registers > HOPELESS or (settings.whole and not work.gathers):
         return math.inf
     most = min(MOST_REGISTERS, REGISTERS // (WARP * warps))
     threads = min(most, work.registers) * WARP * warps
@@ -213,13 +201,14 @@ def _bytes(nest: Nest, batch: int) -> float:
     return whole + 2 * 4 * math.prod(e or batch for e in shape) * partials_of(nest, batch)
 
 
-def _rows(nest: Nest, warps: int, runs: int, whole: bool) -> _Work:
+def _rows(nest: Nest, settings: Settings, runs: int) -> _Work:
     image, other = image_and_other(nest)
     tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
     stage = nest.stage_of(image.tensor)
     assert stage is not None
     level = stage.level
-    part, groups = _part(nest, image, level, whole), _groups(nest)
+    warps = settings.warps
+    part, groups = _part(nest, image, level, settings.whole), _groups(nest)
     kernel = _part(nest, other, sum(p.bind == "grid" for p in nest.loops))
     steps = math.prod(p.count or 1 for p in nest.loops[:level] if p.bind == "serial")
     buffers = min(BUFFERS, steps)
@@ -258,10 +247,11 @@ def _rows(nest: Nest, warps: int, runs: int, whole: bool) -> _Work:
     )
 
 
-def _depth(nest: Nest, warps: int, runs: int, buffers: int, teams: int, whole: bool) -> _Work:
+def _depth(nest: Nest, settings: Settings, runs: int) -> _Work:
     factors = image_and_other(nest)
     tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
-    parts, groups = [_part(nest, factor, nest.tile_start, whole) for factor in factors], _groups(nest)
+    parts = [_part(nest, factor, nest.tile_start, settings.whole) for factor in factors]
+    groups, warps, teams, buffers = _groups(nest), settings.warps, settings.teams, settings.buffers
     members, busy_teams = warps // teams, min(teams, runs)
     busy, alike = _shared_out(deep, members, groups)
     planes, others = (footprint(nest, factor, tile).elements for factor in factors)

@@ -12,7 +12,7 @@ from .depth_cuda import DepthProgram
 from .nest import SIDE_BINDS, Nest
 from .pointwise_cuda import pointwise_cuda
 from .prelude_cuda import MEMORY, prelude_cuda
-from .program_cuda import COLS, MOST_SHARED, Program
+from .program_cuda import COLS, MOST_SHARED, Program, Settings
 from .roles import image_and_other, possible
 from .rows_cuda import RowsProgram
 from .schedule import Schedule
@@ -30,23 +30,16 @@ def shared_bytes(source: str) -> int:
     return int(source.split(SHARED, 1)[1].split("\n", 1)[0])
 
 
-def print_cuda(nest: Nest, warps: int, buffers: int = 1, teams: int = 1, whole: bool = False) -> str:
-    """The source text of one function, ``kernel(operands..., out, batch)``, for programs of so many warps.
+def print_cuda(nest: Nest, settings: Settings) -> str:
+    """The source text of one function, ``kernel(operands..., out, batch)``.
 
-    buffers: of what is copied in a loop; with two, the next is on its way while one is multiplied.
-    teams: of warps, each of which copies and multiplies steps of that loop of its own.
-    whole: whether parts of tensors that lie together are copied as they lie, and put in order afterwards.
     It is to be launched on one program for each step of the grid loops, in one dimension.
 
     ScheduleError: the schedule has no meaning for this target (no product of half types, no image in shared
     memory, sides that are no multiple of a fragment's, fragments that are not consecutive, ...).
     """
-    _check(nest, warps)
-    program: Program = (
-        DepthProgram(nest, warps, buffers, teams, whole)
-        if _sums_positions(nest)
-        else RowsProgram(nest, warps, whole)
-    )
+    _check(nest, settings.warps)
+    program: Program = (DepthProgram if _sums_positions(nest) else RowsProgram)(nest, settings)
     program.place_in_grid()
     program.write()
     if program.shared > MOST_SHARED:

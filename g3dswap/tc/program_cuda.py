@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from ..errors import ScheduleError
 from . import batch_text
@@ -14,6 +15,7 @@ from .nest import Nest
 from .place import Env
 from .place_nd import Spot
 from .roles import image_and_other
+from .schedule import Schedule
 from .words import ITEM_BYTES, WARP
 
 ROWS, COLS = 16, 8
@@ -37,6 +39,32 @@ def deep_of(nest: Nest) -> int:
     return 2 * ROW // ITEM_BYTES[nest.tensors[0].dtype]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How programs do what the nest says.
+
+    warps:   of a program.
+    buffers: of what is copied in a loop; with two, the next is on its way while one is multiplied.
+    teams:   of warps, each of which copies and multiplies steps of that loop of its own.
+    whole:   whether parts of tensors that lie together are copied as they lie, and put in order afterwards.
+    """
+
+    warps: int
+    buffers: int = 1
+    teams: int = 1
+    whole: bool = False
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Settings:
+        hint = schedule.hint
+        return cls(hint("warps", 4), hint("stages", 1), hint("teams", 1), bool(hint("whole", 0)))
+
+    @property
+    def threads(self) -> int:
+        """Of a program."""
+        return self.warps * WARP
+
+
 class Program(CudaText):
     """What both forms of a product in shared memory have in common.
 
@@ -44,12 +72,12 @@ class Program(CudaText):
     walks: loops around all that is summed, at each step of which the program has other results.
     parallel: the unrolled ones whose steps have sums of their own.
     apart: the variable of the loop of which each warp has a step; without one, warps share the positions.
-    whole: whether parts that lie together are copied as they lie.
     """
 
-    def __init__(self, nest: Nest, warps: int, whole: bool) -> None:
+    def __init__(self, nest: Nest, settings: Settings) -> None:
         super().__init__(nest)
-        self.warps, self.threads, self.whole = warps, warps * WARP, whole
+        self.settings = settings
+        self.warps, self.threads = settings.warps, settings.threads
         self.image, self.other = image_and_other(nest)
         loops = [i for i, p in enumerate(nest.loops) if p.bind == "serial" and p.count != 1]
         self.serial = [i for i in loops if nest.is_reduce(nest.loops[i].axis)]

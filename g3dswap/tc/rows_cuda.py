@@ -18,7 +18,7 @@ from .fragments_cuda import RowFragments, TapFragments
 from .linear import Linear
 from .nest import Nest
 from .place import Env
-from .program_cuda import BUFFERS, COLS, ROWS, Key, Program
+from .program_cuda import BUFFERS, COLS, ROWS, Key, Program, Settings
 from .words import ITEM_BYTES
 
 GAP = 2
@@ -28,8 +28,8 @@ GAP = 2
 class RowsProgram(Program):
     """steps: those of a walk, at most, at each of which the program has another part of the image."""
 
-    def __init__(self, nest: Nest, warps: int, whole: bool) -> None:
-        super().__init__(nest, warps, whole)
+    def __init__(self, nest: Nest, settings: Settings) -> None:
+        super().__init__(nest, settings)
         stage = nest.stage_of(self.image.tensor)
         assert stage is not None
         self.outside = stage.level
@@ -49,7 +49,7 @@ class RowsProgram(Program):
         taps = TapFragments(self, raw, self.take(raw.size * self.item))
         buffers = min(BUFFERS, self.steps)
         kernel = Arrival(self, raw)
-        (part,) = arrivals_of(self, [image.box], self.whole)
+        (part,) = arrivals_of(self, [image.box], self.settings.whole)
         start = self.take(part.fetched)
         size = self.shared - start
         self.take(size * (buffers - 1))

@@ -6,6 +6,7 @@ from .nest import Nest
 from .print_cpp import print_cpp
 from .print_cuda import is_cuda, print_cuda
 from .print_triton import print_triton
+from .program_cuda import Settings
 from .schedule import Schedule
 
 
@@ -14,6 +15,5 @@ def source(nest: Nest, schedule: Schedule, target: str) -> str:
     if target == "cpp":
         return print_cpp(nest)
     if is_cuda(schedule):
-        stages, teams = schedule.hint("stages", 1), schedule.hint("teams", 1)
-        return print_cuda(nest, schedule.hint("warps", 4), stages, teams, bool(schedule.hint("whole", 0)))
+        return print_cuda(nest, Settings.of(schedule))
     return print_triton(nest, schedule.hint("ahead", 0), bool(schedule.hint("across", 0)))

@@ -32,7 +32,7 @@ from .model_cpp import cost as cost_cpp
 from .nest import Nest
 from .print_cuda import is_cuda
 from .product import Product, is_product
-from .program_cuda import MOST_SHARED
+from .program_cuda import MOST_SHARED, Settings
 from .schedule import Digit, Schedule, apply
 from .source import source
 
@@ -94,9 +94,7 @@ class Space:
                 return cost_cpp(scheduled, buffers, self.threads)
             warps, batch = schedule.hint("warps", 4), self.batch
             if is_cuda(schedule):
-                stages, teams = schedule.hint("stages", 1), schedule.hint("teams", 1)
-                whole = bool(schedule.hint("whole", 0))
-                return model_staged.cost(scheduled, warps, stages, teams, whole, batch, self._room)
+                return model_staged.cost(scheduled, Settings.of(schedule), batch, self._room)
             if schedule.skew and is_product(schedule):
                 ahead, across = schedule.hint("ahead", 0), schedule.hint("across", 0)
                 return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across), batch)

@@ -21,6 +21,7 @@ from g3dswap.tc.nest import Nest
 from g3dswap.tc.print_cpp import print_cpp
 from g3dswap.tc.print_triton import print_triton
 from g3dswap.tc.product import Product
+from g3dswap.tc.program_cuda import Settings
 from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space_staged import families
 from g3dswap.tc.space_triton import BATCH
@@ -253,7 +254,7 @@ def test_parts_that_do_not_lie_together_are_refused(direction: str) -> None:
         sides = ((p, p.depth if direction == "grad_weight" else p.rows) for p in products(nest))
         part = next(p for p, side in sides if side[1] <= most and not p.apart)
         schedule = replace(part, whole=True).schedule(nest)
-        assert model_staged.cost(apply(nest, schedule), part.warps, whole=True) == math.inf
+        assert model_staged.cost(apply(nest, schedule), Settings.of(schedule)) == math.inf
         with pytest.raises(ScheduleError, match="reads no whole part of a tensor"):
             emulated(nest, schedule)
 

@@ -17,6 +17,7 @@ from g3dswap.comprehensions import nest as nest_of
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc import compile_cuda, model_staged, space
 from g3dswap.tc.print_cuda import is_cuda
+from g3dswap.tc.program_cuda import Settings
 from g3dswap.tc.roles import nearest_last
 from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space import Space
@@ -121,11 +122,7 @@ def measured(layer: dict[str, Any]) -> list[tuple[float, float]]:
     found = []
     for text, microseconds in layer["kernels"]:
         schedule = Schedule.from_json(text)
-        hints = {"warps": 4, "stages": 1, "teams": 1, "whole": 0}
-        warps, buffers, teams, whole = (schedule.hint(*hint) for hint in hints.items())
-        seconds = model_staged.cost(
-            apply(nest, schedule), warps, buffers, teams, bool(whole), batch=layer["batch"]
-        )
+        seconds = model_staged.cost(apply(nest, schedule), Settings.of(schedule), layer["batch"])
         found.append((seconds, microseconds))
     return found
 
