@@ -84,9 +84,11 @@ class SlabArrival(Arrival):
         with text.block():
             text.emit(f"{text.kind}* to = reinterpret_cast<{text.kind}*>({to});")
             text.emit(f"const {text.kind}* from = {self.box.tensor} + ({begin});")
-            head = f"int e = {thread} * {slab.width}; e < {slab.size}; e += {threads * slab.width}"
-            with text.block(f"for ({head})"):
-                text.emit(f"copy<{slab.width * text.item}>(to + e, from + e, true);")
+
+            def copy(to: str, offset: str) -> None:
+                text.emit(f"copy<{slab.width * text.item}>(to + ({to}), from + ({offset}), true);")
+
+            write_loops(text, [Run(slab.size, 1, 1, width=slab.width)], threads, thread, copy)
 
     def settle(self, fetched: str, placed: str, threads: int, thread: str) -> None:
         text, dims, order = self.text, self.box.dims, self.box.order

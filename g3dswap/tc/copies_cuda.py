@@ -13,7 +13,8 @@ from .words import ITEM_BYTES
 
 DECODED, NESTED, MOST_NESTED = 15, 6, 32
 """Issue slots of a copy whose place is worked out, of one in an unrolled loop, and the most steps of that."""
-MOST_UNROLLED = 8
+MOST_UNROLLED, PART = 16, 8
+"""Copies of a thread that are unrolled, all of them; and how many at a time where they are more."""
 
 
 @dataclass
@@ -59,7 +60,7 @@ def write_copy(text: CudaText, box: Box, to: str, threads: int, thread: str = "t
             text.emit(f"const bool here = {' && '.join(fixed)};")
 
         def copy(to: str, offset: str) -> None:
-            _write_one(text, tensor.name, runs, bool(fixed), to, offset)
+            _write_one(text, runs, bool(fixed), to, offset)
 
         write_loops(text, runs, threads, thread, copy)
 
@@ -72,8 +73,16 @@ def write_loops(
     inside = _goes_inside(runs, threads)
     decoded = runs[:-1] if inside else runs
     total = math.prod(run.steps for run in decoded)
-    text.emit(f"#pragma unroll {1 if inside else max(1, min(MOST_UNROLLED, total // threads))}")
-    with text.block(f"for (int e = {thread}; e < {total}; e += {threads})"):
+    turns = -(-total // threads)
+    if turns * (runs[-1].steps if inside else 1) <= MOST_UNROLLED:
+        unrolled = turns  # so that the compiler works out their places once, outside of a loop around them
+    else:
+        unrolled = 1 if inside else min(PART, turns)
+    text.emit(f"#pragma unroll {unrolled}")
+    with text.block(f"for (int nth = 0; nth < {turns}; ++nth)"):
+        text.emit(f"const int e = {thread} + nth * {threads};")
+        if total % threads:
+            text.emit(f"if (nth == {turns - 1} && e >= {total}) break;")
         rest = "e"
         for place, run in enumerate(decoded):
             scale = f" * {run.width}" if run.width > 1 else ""
@@ -106,11 +115,11 @@ def _goes_inside(runs: list[Run], threads: int) -> bool:
     return nested * NESTED < rounds * DECODED
 
 
-def _write_one(text: CudaText, tensor: str, runs: list[Run], fixed: bool, to: str, offset: str) -> None:
+def _write_one(text: CudaText, runs: list[Run], fixed: bool, to: str, offset: str) -> None:
     first, pair = runs[0], next((place for place, run in enumerate(runs) if place and run.width > 1), None)
     text.emit(f"const bool some = {_tests(text, runs, fixed) or 'true'};")
     if pair is None:
-        text.emit(f"copy<{first.width * text.item}>(to + ({to}), some ? from + ({offset}) : {tensor}, some);")
+        text.emit(f"copy<{first.width * text.item}>(to + ({to}), from + ({offset}), some);")
         return
     text.emit(f"const bool more = {_tests(text, runs, fixed, pair) or 'true'};")
     text.emit(f"const u16* const at = from + ({offset});")

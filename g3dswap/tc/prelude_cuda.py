@@ -18,7 +18,7 @@ static __device__ __forceinline__ void narrow2(float* p, float x, float y) {
 }
 static __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Copies so many bytes, or as many zeros; they are there behind `arrived`.
+// Copies so many bytes, or as many zeros, for which nothing is read; they are there behind `arrived`.
 template <int BYTES> static __device__ __forceinline__ void copy(void* to, const void* from, bool some) {
   if constexpr (BYTES == 2) {
     *static_cast<u16*>(to) = some ? *static_cast<const u16*>(from) : u16(0);
