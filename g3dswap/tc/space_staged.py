@@ -186,19 +186,20 @@ def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) 
     channels = _by_step(nest, image, roles.channels), -(-high // whole) * whole
     # Results that lie together are pairs of columns; or what is turned around is read together.
     others = _by_step(nest, nest.output if roles.along else other, roles.other), wide
-    shares = [others]
-    if roles.along:  # programs may share filters
-        shares += [(others[0], wide // n) for n in (2, 4) if len(others[0]) == 1 and wide % (n * COLS) == 0]
+    heights, shares = [channels], [others]
+    if roles.along or not form[1]:  # replicas of a skewed axis are added up in one program
+        shares = _shares(others, COLS)
+        heights = [channels] if roles.along else _shares(channels, ROWS)
     taps = tuple((a, nest.extent(a) or 1) for a in sides(nest) if (nest.extent(a) or 1) > 1)
     unrolled = [taps] if roles.along else [taps[start:] for start in range(min(3, len(taps) + 1))]
     workers = _workers(nest, form)
     turned = not _nearest(nest).isdisjoint(roles.positions)  # channels have to be gathered
     for place, outside in _places(nest, roles, thorough):
         blocks = tuple((a, p) for a, p in phases(nest).items() if a in place[0])
-        rows, depth = (place, channels) if roles.along else (channels, place)
         sharing = _sharing(-(-place[1] // ROWS), thorough)
-        choices = itertools.product(unrolled, _windows(nest, outside), shares, workers)
-        for own, window, share, (group, apart) in choices:
+        choices = itertools.product(unrolled, _windows(nest, outside), heights, shares, workers)
+        for own, window, height, share, (group, apart) in choices:
+            rows, depth = (place, height) if roles.along else (height, place)
             tile = (*own, *window, *group, *blocks)
             if not _is_small(nest, tile, rows, share, depth, roles.along):
                 continue
@@ -216,6 +217,13 @@ def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) 
                 numbers = [(count, 1) for _, count in apart] or _teams(sharing, looped, thorough)
                 for (warps, teams), stages, lies in itertools.product(numbers, buffers, copies):
                     yield replace(made, warps=warps, stages=stages, teams=teams, whole=lies)
+
+
+def _shares(side: Side, unit: int) -> list[Side]:
+    """All of a side, or what each of several programs has of it: whole fragments of one axis."""
+    axes, count = side
+    divided = [n for n in (2, 4) if len(axes) == 1 and count % (n * unit) == 0]
+    return [(axes, count // n) for n in (1, *divided)]
 
 
 def _are_all_inside(steps: Mapping[str, int], sides: Sequence[Side], axes: Iterable[str]) -> bool:

@@ -233,7 +233,11 @@ def test_what_lies_together_is_copied_as_it_lies(direction: str, name: str, dtyp
         return
     random.Random(name + direction).shuffle(found)
     kernel = checked(Case(problem, 3, 4), found, most=40)
-    assert kernel is not None and "gather<" in kernel.source and ">(to + e, from + e, true)" in kernel.source
+    assert (
+        kernel is not None
+        and "gather<" in kernel.source
+        and ">(to + (x0 * 1), from + (x0 * 1), true)" in kernel.source
+    )
 
 
 def test_walks_gather_each_image() -> None:
@@ -286,6 +290,17 @@ def test_teams_of_warps_have_parts_of_their_own(name: str, layout: str) -> None:
         found = [p for p in products(nest_of(problem)) if p.teams > 1 and p.stages == stages and not p.split]
         kernel = checked(Case(problem, 5, 3), found, most=40)  # not all teams have as many parts
         assert kernel is not None and re.search(r"meet<\d+>\(team\)", kernel.source)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+def test_programs_share_channels_and_filters_of_a_gradient(layout: str) -> None:
+    problem = problem_of("grad_weight", GEOMETRIES["32 channels a group"], layout)
+    made = [p for p in products(nest_of(problem)) if not p.split]
+    for rows, cols in ((32, 8), (16, 32), (16, 8)):
+        kernel = checked(
+            Case(problem, 3, 2), [p for p in made if (p.rows[1], p.cols[1]) == (rows, cols)], most=40
+        )
+        assert kernel is not None
 
 
 def test_unequal_teams_are_refused() -> None:
