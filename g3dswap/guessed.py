@@ -14,8 +14,9 @@ from .tc.product import is_product
 from .tc.schedule import Schedule
 from .tc.space import Space
 
-WORTH = 1.3
-"""How many times as fast a product in TF32 is to be, by the model, to be preferred to what rounds nothing."""
+WORTH, SAVED = 1.3, 4e-6
+"""How many times as fast a product in TF32 is to be, by the models, and how many seconds it is to save, to be
+preferred to what rounds nothing: of kernels that hardly take longer than their launch, they cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Guesses:
         found = [self._default(problem, batch)]
         if problem.precision == "tf32" and is_product(found[0].schedule):
             found.append(self._default(replace(problem, precision="ieee"), batch))
-            if found[1].seconds < WORTH * found[0].seconds:
+            if found[1].seconds < max(WORTH * found[0].seconds, found[0].seconds + SAVED):
                 found.reverse()
         yield from dict.fromkeys(guess.schedule for guess in found)
 

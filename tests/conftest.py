@@ -70,6 +70,14 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def nothing_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen depends on no options that were tuned elsewhere."""
+    from g3dswap import stored  # not before `pytest_configure` has set the environment
+
+    monkeypatch.setattr(stored, "shipped_directories", list)
+
+
 @pytest.fixture
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder for this test alone, already in ``$G3DSWAP_CACHE_DIR``."""

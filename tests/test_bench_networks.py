@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from g3dswap import stored
 from g3dswap.bench import compare, network_results, network_run, networks, steps
 from g3dswap.bench.compared import INFERENCE, TRAINING, Compared, Conversion, Side
 from g3dswap.bench.measure import Ceilings
@@ -401,7 +400,6 @@ def test_a_real_network_with_real_kernels(
 @pytest.mark.gpu
 def test_a_network_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stored, "shipped_directories", list)  # whose nearest may say that PyTorch is faster
     words = ["bench", "--networks", "--device", "cuda", "--scale", "tiny", "--tune", "none", "--steps", "6"]
     succeeds(*words, "--seconds", "0.01", "--quiet", "--match", "3D ResNeXt*", "-o", "out.json")
     for row in load()["networks"]:

@@ -14,7 +14,7 @@ from torch import nn
 
 import g3dswap
 from examples import resnext3d
-from g3dswap import choose, decided, native, stored
+from g3dswap import choose, decided, native
 from g3dswap.bench.layers import BenchLayer, read_layers
 from g3dswap.problem import DIRECTIONS, LAYOUTS, Geometry, Problem
 from g3dswap.tc import runtime_triton
@@ -42,9 +42,8 @@ def memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def untimed(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is known of any layer, neither from this process nor from a cache, the shipped one included."""
-    monkeypatch.setattr(stored, "shipped_directories", list)
+def untimed(fresh_cache: Path) -> Iterator[None]:
+    """Nothing is known of any layer, neither from this process nor from a cache."""
     choose.forget()
     yield
     choose.forget()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from g3dswap import choose, native, remote, stored
+from g3dswap import choose, native, remote
 from g3dswap.choose import Chooser
 from g3dswap.errors import ProcessError
 from g3dswap.problem import DIRECTIONS, Geometry, Problem
@@ -41,8 +41,7 @@ NOTHING = HEAD + "    tl.store(out, 0.0)\n"
 
 
 @pytest.fixture(autouse=True)
-def own_caches(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(stored, "shipped_directories", list)
+def own_caches(fresh_cache: Path) -> Iterator[None]:
     choose.forget()
     yield
     choose.forget()

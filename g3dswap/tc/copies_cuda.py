@@ -74,7 +74,7 @@ def write_loops(
     decoded = runs[:-1] if inside else runs
     total = math.prod(run.steps for run in decoded)
     turns = -(-total // threads)
-    if turns * (runs[-1].steps if inside else 1) <= MOST_UNROLLED:
+    if not text.is_crowded and turns * (runs[-1].steps if inside else 1) <= MOST_UNROLLED:
         unrolled = turns  # so that the compiler works out their places once, outside of a loop around them
     else:
         unrolled = 1 if inside else min(PART, turns)

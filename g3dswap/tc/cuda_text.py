@@ -25,6 +25,7 @@ class CudaText:
 
     Variables of the grid and of loops go by their axis and place, those of a product's sides by the side.
     outside: how many loops are outside of what is staged and multiplied at a time.
+    is_crowded: whether a thread's registers are nearly all taken, so that nothing is to be kept in more.
     """
 
     def __init__(self, nest: Nest) -> None:
@@ -43,6 +44,7 @@ class CudaText:
         self.sides = {p.bind: f"v{i}" for i, p in enumerate(nest.loops) if p.bind in SIDE_BINDS}
         self.grid = [i for i, p in enumerate(nest.loops) if p.bind == "grid"]
         self.outside = len(self.grid)
+        self.is_crowded = False
 
     def emit(self, *lines: str) -> None:
         self.lines += [INDENT * self._indent + line for line in lines]

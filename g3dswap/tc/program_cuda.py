@@ -24,6 +24,8 @@ SHARED, MOST_SHARED = 228 * 1024, 227 * 1024
 """Bytes of shared memory of a multiprocessor, and of a program at most, on an H100."""
 MOST_ACCUMULATORS = 216
 """Registers of a thread that sums may take."""
+CROWDED = 190
+"""Of those, from which on the compiler spills what it works out ahead."""
 MOST_PRODUCTS = 4096
 """Products of the unrolled code of a warp."""
 BUFFERS = 2
@@ -162,6 +164,7 @@ class Program(CudaText):
             raise ScheduleError(f"sums in {registers} registers of {MOST_ACCUMULATORS}; unroll less.")
         if products > MOST_PRODUCTS:
             raise ScheduleError(f"{products} unrolled products are more than {MOST_PRODUCTS}; unroll less.")
+        self.is_crowded = registers > CROWDED
 
     # Results
 
