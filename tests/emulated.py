@@ -1,5 +1,7 @@
 """Runs printed CUDA C++ without a GPU: every thread is a fiber, and a warp meets where lanes exchange data.
 
+Half of the programs run in another order than that of the threads, so that who waits for too few shows.
+
 The prelude is replaced by one for a C++ compiler.  Shared memory holds NaN before a program begins and where
 a copy is on its way, so that what is read too early or never written shows in the result, and ends where the
 kernel says that it ends.
@@ -255,10 +257,13 @@ extern "C" int launch(int programs, int threads, void** with) {
       makecontext(&made.context, start, 0);
     }
     for (;;) {
+      // In every other program the last warp that runs goes on alone as far as it can, ahead of all others.
+      int last = 0;
+      for (int i = 0; i < threads; ++i) if (program % 2 && fibers[i].state == RUNS) last = i / 32 * 32;
       int done = 0, waiting = 0;
       for (int i = 0; i < threads; ++i) {
         threadIdx.x = i;
-        if (fibers[i].state == RUNS) swapcontext(&scheduler, &fibers[i].context);
+        if (fibers[i].state == RUNS && i >= last) swapcontext(&scheduler, &fibers[i].context);
         done += fibers[i].state == DONE;
         waiting += fibers[i].state == AT_BLOCK;
       }
@@ -284,6 +289,7 @@ extern "C" int launch(int programs, int threads, void** with) {
         for (Fiber* each : met) each->state = RUNS;
         moves = true;
       }
+      for (const Fiber& each : fibers) moves |= each.state == RUNS;
       if (!moves) return 1;
     }
   }
