@@ -206,7 +206,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of the interpreter: a GPU says nothing
-@settings(max_examples=examples(30))
+@settings(max_examples=examples(25))
 @given(problems(), st.integers(1, 3), st.integers(0, 2**32))
 def test_random_schedules(problem: Problem, batch: int, seed: int) -> None:
     check(problem, random_schedule(nest_of(problem), random.Random(seed)), batch)
