@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from .tc.cache import Cache, Entry
@@ -32,38 +31,29 @@ def similar(cache: Cache, key: Mapping[str, Any]) -> list[Entry]:
     """The entries of the nearest sizes, at most three; of the same size those with most in common."""
     twin = TWINS.get(key["dtype"])
     keys = [key, {**key, "dtype": twin}] if twin else [key]
-    wanted = _Extent.of(key)
-    found: list[tuple[tuple[float, int, str], Entry]] = []
-    for entry in (entry for own in keys for entry in cache.near(own, FIELDS) if entry.key != key):
-        extent = _Extent.of(entry.key)
-        if wanted and extent and extent.a_group == wanted.a_group:
-            far = wanted.distance(extent)
-            if far <= math.log(FACTOR):
-                differing = sum(entry.key.get(name) != key.get(name) for name in ("dtype", *FIELDS))
-                found.append(((far, differing, json.dumps(entry.key)), entry))
-    return [entry for _, entry in sorted(found, key=lambda pair: pair[0])[:MOST]]
+    entries = [entry for own in keys for entry in cache.near(own, FIELDS) if entry.key != key]
+    ranked = sorted(((_distance(e.key, key), json.dumps(e.key), e) for e in entries), key=lambda t: t[:2])
+    return [entry for (far, _), _, entry in ranked if far <= math.log(FACTOR)][:MOST]
 
 
-@dataclass(frozen=True)
-class _Extent:
-    """How much of the same work there is: what a group has, and how many groups and positions."""
+def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, int]:
+    """How far the numbers of groups and positions of two keys are apart, and in how many fields they differ.
 
-    a_group: tuple[int, int]
-    counts: tuple[int, ...]
+    Infinitely far where a group has other channels, or a key is of no convolution: files may hold anything.
+    """
+    one, other = _counts(a), _counts(b)
+    far = math.inf
+    if one and other and one[:2] == other[:2]:
+        far = sum(abs(math.log(x / y)) for x, y in zip(one, other))
+    return far, sum(a.get(name) != b.get(name) for name in ("dtype", *FIELDS))
 
-    @classmethod
-    def of(cls, key: Mapping[str, Any]) -> _Extent | None:
-        """None for a key that is not of a convolution: files may hold anything."""
-        try:
-            c_in, c_out, groups, (t, h, w) = (
-                key[n] for n in ("in_channels", "out_channels", "groups", "size")
-            )
-        except (KeyError, TypeError, ValueError):
-            return None
-        if not all(type(count) is int and count > 0 for count in (c_in, c_out, groups, t, h, w)):
-            return None
-        return cls((c_in // groups, c_out // groups), (groups, t, h, w))
 
-    def distance(self, other: _Extent) -> float:
-        """The logarithm of how many times more or less there is, of all axes together."""
-        return sum(abs(math.log(x / y)) for x, y in zip(self.counts, other.counts))
+def _counts(key: Mapping[str, Any]) -> tuple[int, ...]:
+    """Channels into and out of a group, groups, and positions along each axis; () where that is not said."""
+    try:
+        c_in, c_out, groups, (t, h, w) = (key[n] for n in ("in_channels", "out_channels", "groups", "size"))
+    except (KeyError, TypeError, ValueError):
+        return ()
+    if not all(type(count) is int and count > 0 for count in (c_in, c_out, groups, t, h, w)):
+        return ()
+    return c_in // groups, c_out // groups, groups, t, h, w

@@ -36,9 +36,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.fixture(scope="module", autouse=True)
 def loaded() -> Iterator[None]:
     """In the tests of this file alone: others watch what Python does."""
-    if (
-        direct._loading is not None
-    ):  # begun by an earlier test: it would replace what is loaded here, any time
+    # One that an earlier test has begun would replace what is loaded here, at any time.
+    if direct._loading is not None:
         direct._loading.join()
     direct._loading = None
     direct.load()

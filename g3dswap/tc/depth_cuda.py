@@ -85,8 +85,6 @@ class DepthProgram(Program):
         ahead, members = self.buffers > 1, self.members if self.teams > 1 else 0
         if ahead:
             self.emit("if (rounds > 0) fetch(0);")
-        if self.teams > 1 and self.pair > 1:
-            self.emit(f"{MEET}  // the first team wrote zeros for all")
         with self.rounds("round", "rounds", ahead, members):
             self.emit(f"const u32 buffer = address(memory) + {buffer};")
             if any(part.settles for part in parts):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
+from .cuda_text import MEET
 from .fragments_cuda import DepthFragments
 from .program_cuda import Program
 
@@ -55,6 +56,8 @@ class TurnedLoads(DepthLoads):
         super().__init__(program, image, other, starts)
         self.nothing = program.take(16)
         program.emit(f"if (thread < 4) reinterpret_cast<u32*>(memory + {self.nothing})[thread] = 0;")
+        if program.settings.teams > 1:  # which wait for none but their own threads from now on
+            program.emit(MEET)
 
     def begin(self) -> None:
         emit, rows = self.program.emit, len(self.image.chunks) // 2

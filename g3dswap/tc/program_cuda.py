@@ -159,7 +159,10 @@ class Program(CudaText):
         return tuple(point[f"v{i}"] for i in self.parallel)
 
     def check_size(self, registers: int, products: int) -> None:
-        """ScheduleError: sums in so many registers of a thread or so many unrolled products are too much."""
+        """Note whether sums in so many registers of a thread leave few.
+
+        ScheduleError: they, or so many unrolled products, are too much.
+        """
         if registers > MOST_ACCUMULATORS:
             raise ScheduleError(f"sums in {registers} registers of {MOST_ACCUMULATORS}; unroll less.")
         if products > MOST_PRODUCTS:
