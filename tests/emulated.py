@@ -132,11 +132,29 @@ template <int WIDTH> static void turn(
     to[i * pitch + 1] = more ? next[i] : 0;
   }
 }
-template <int WIDTH> static void put(u16* to, const u16* from) {
-  aligned(to, 2 * WIDTH);
-  aligned(from, WIDTH == 1 ? 2 : 4);
-  inside(from, 2 * WIDTH);
-  memcpy(to, from, 2 * WIDTH);
+template <int WIDTH, class T> static void load(float (&to)[WIDTH], const T* from) {
+  aligned(from, WIDTH * sizeof(T));
+  inside(from, WIDTH * sizeof(T));
+  for (int i = 0; i < WIDTH; ++i) to[i] = widen(from[i]);
+}
+template <int WIDTH, int COUNT> static void pack(u32 (&to)[COUNT], const float (&from)[WIDTH]) {
+  for (int i = 0; i < WIDTH; ++i)
+    if (COUNT == WIDTH) memcpy(to + i, from + i, 4);
+    else narrow((u16*)to + i, from[i]);
+}
+template <int COUNT> static void write(void* to, const u32 (&from)[COUNT]) {
+  aligned(to, 4 * COUNT);
+  memcpy(to, from, 4 * COUNT);
+}
+template <int COUNT> static void keep(void* to, const u32 (&from)[COUNT]) {
+  inside(to, 4 * COUNT);
+  write(to, from);
+}
+template <int WIDTH, class T> static void put(T* to, const T* from) {
+  aligned(to, WIDTH * sizeof(T));
+  aligned(from, sizeof(T) == 4 || WIDTH == 1 ? WIDTH * sizeof(T) : 4);
+  inside(from, WIDTH * sizeof(T));
+  memcpy(to, from, WIDTH * sizeof(T));
 }
 static void committed() { fibers[threadIdx.x].copies.emplace_back(); }
 template <int GROUPS, int THREADS = 0> static void arrived(int team = 0) {

@@ -82,11 +82,16 @@ class Box:
 
 
 def box_of(
-    text: CudaText, access: Access, points: Iterable[Env], level: int, along: Callable[[str], bool]
+    text: CudaText,
+    access: Access,
+    points: Iterable[Env],
+    level: int,
+    along: Callable[[str], bool] | None = None,
 ) -> Box:
     """What a program reads of an access inside of a level, at these points of the unrolled loops.
 
-    along: whether a symbol belongs to the side that fragments have consecutive elements of.
+    along: whether a symbol belongs to the side that fragments have consecutive elements of; without it, they
+    lie as they do in the tensor.
     Rows follow each other without gaps.  ScheduleError: the part is no box, or an index divides at run time.
     """
     spotter, outer = text.spotter, text.is_outer(level)
@@ -106,7 +111,7 @@ def box_of(
             bases[d] = base
             low, high = inner.bounds(spotter.counts)
             lows[d], highs[d] = min(lows[d], low), max(highs[d], high)
-            if any(along(symbol) for symbol, _ in inner.terms):
+            if along and any(along(symbol) for symbol, _ in inner.terms):
                 fragment.add(d)
     dims = []
     for d, (extent, stride) in enumerate(zip(tensor.shape, tensor.strides)):
@@ -115,6 +120,9 @@ def box_of(
             raise ScheduleError(f"{access} reads nothing.")
         dims.append(Dim(found + int(lows[d]), int(highs[d] - lows[d]) + 1, extent, stride))
     order = sorted((d for d in range(len(dims)) if dims[d].span > 1), key=lambda d: -dims[d].stride)
+    if along is None:  # of a single element, any dimension will do
+        order = order or [len(dims) - 1]
+        fragment = {order[-1]}
     if not order or not fragment:
         raise ScheduleError(f"{access} has no side that lies in consecutive elements.")
     nearest = order[-1]
@@ -122,7 +130,7 @@ def box_of(
     if nearest not in fragment:  # it is turned around on its way to the box, in registers
         order.sort(key=lambda d: d in fragment)
         width, turned = text.pair, width if text.pair > 1 else 1
-    else:  # groups lie behind each other, so that what is next to a channel is one of the next position
+    elif along:  # groups lie behind each other, so that what is next to a channel is one of the next position
         batch = {*batches(text.nest)}
         order.sort(key=lambda d: not access.indices[d].axes <= batch)
     box = Box(access.tensor, tuple(dims), tuple(order), frozenset(fragment), width, text.chunk, turned)

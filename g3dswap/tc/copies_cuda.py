@@ -65,6 +65,29 @@ def write_copy(text: CudaText, box: Box, to: str, threads: int, thread: str = "t
         write_loops(text, runs, threads, thread, copy)
 
 
+def write_out(text: CudaText, box: Box, begin: str, threads: int) -> None:
+    """Write what a box in shared memory holds to its tensor, by so many threads; `begin` is where it lies."""
+    tensor = text.nest.tensor(box.tensor)
+    base = Linear()
+    for dim in box.dims:
+        base = base + dim.base * dim.stride
+    runs = _runs(text, box, base)
+    fixed = [
+        f"(unsigned)({text.form(dim.base)}) < {dim.extent}u"
+        for d, dim in enumerate(box.dims)
+        if d not in box.order and not is_inside(text, dim)
+    ]
+
+    def put(from_: str, offset: str) -> None:
+        test = _tests(text, runs, False)
+        put = f"put<{runs[0].width}>(to + ({offset}), {begin} + ({from_}));"
+        text.emit(f"if ({test}) {put}" if test else put)
+
+    with text.block(f"if ({' && '.join(fixed)})" if fixed else ""):
+        text.emit(f"auto* to = {tensor.name} + ({text.form(base, kind='(i64)')});")
+        write_loops(text, runs, threads, "thread", put)
+
+
 def write_loops(
     text: CudaText, runs: list[Run], threads: int, thread: str, one: Callable[[str, str], None]
 ) -> None:

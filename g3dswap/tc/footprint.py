@@ -128,12 +128,12 @@ def footprint(nest: Nest, access: Access, tile: Tile) -> Footprint:
     """What the nest's tile reads of a factor."""
     wide = width(nest, access)
     vector = any(access.axes & parts(nest, p.axis) for p in lanes_of(nest))
-    elements, words = _distinct(tile, access, nest.tensor(access.tensor), wide)
+    elements, words = distinct(tile, access, nest.tensor(access.tensor), wide)
     return Footprint(elements, words, wide, lines(nest, access) * wide**0.5, vector)
 
 
 @functools.lru_cache(maxsize=2 * MOST_TILES)
-def _distinct(tile: Tile, access: Access, tensor: Tensor, width: int) -> tuple[int, int]:
+def distinct(tile: Tile, access: Access, tensor: Tensor, width: int) -> tuple[int, int]:
     """How many different elements, and words of so many, the tile reads."""
     elements: Values = np.zeros(tile.alive.shape, np.int64)
     words = elements

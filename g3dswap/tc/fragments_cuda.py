@@ -24,7 +24,7 @@ SAMPLE = 64
 """Lines of a side by which the conflicts of a box are counted."""
 
 
-def _again(lines: Sequence[int], words: Sequence[int]) -> int:
+def asked_again(lines: Sequence[int], words: Sequence[int]) -> int:
     """How often a bank is asked again where a warp reads these words, each of four bytes, of some lines."""
     found, together = 0, WARP // len(words)
     for first in range(0, len(lines) - together + 1, together):
@@ -51,7 +51,7 @@ def _conflicts(
         def words(moves: Iterable[Sequence[int]]) -> list[int]:
             return [sum(x * pitch for x, pitch in zip(step, pitches)) // program.pair for step in moves]
 
-        return _again(words(lines), range(together) if together else words(elements))
+        return asked_again(words(lines), range(together) if together else words(elements))
 
     return found
 

@@ -69,7 +69,7 @@ SHARED_DEPTH = 0.8
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """What a program copies of a factor at a time: elements, those of one copy, those that lie together.
 
     turned: what lies side by side in memory does not do so in shared memory.
@@ -116,7 +116,7 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Slab(_Part):
+class _Slab(Part):
     """A part of which the tensor has so many elements, which are copied as they lie and then gathered."""
 
     slab: int
@@ -208,8 +208,8 @@ def _rows(nest: Nest, settings: Settings, runs: int) -> _Work:
     assert stage is not None
     level = stage.level
     warps = settings.warps
-    part, groups = _part(nest, image, level, settings.whole), _groups(nest)
-    kernel = _part(nest, other, sum(p.bind == "grid" for p in nest.loops))
+    part, groups = part_of(nest, image, level, settings.whole), _groups(nest)
+    kernel = part_of(nest, other, sum(p.bind == "grid" for p in nest.loops))
     steps = math.prod(p.count or 1 for p in nest.loops[:level] if p.bind == "serial")
     buffers = min(BUFFERS, steps)
     busy, alike = _shared_out(rows, warps, groups)
@@ -250,7 +250,7 @@ def _rows(nest: Nest, settings: Settings, runs: int) -> _Work:
 def _depth(nest: Nest, settings: Settings, runs: int) -> _Work:
     factors = image_and_other(nest)
     tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
-    parts = [_part(nest, factor, nest.tile_start, settings.whole) for factor in factors]
+    parts = [part_of(nest, factor, nest.tile_start, settings.whole) for factor in factors]
     groups, warps, teams, buffers = _groups(nest), settings.warps, settings.teams, settings.buffers
     members, busy_teams = warps // teams, min(teams, runs)
     busy, alike = _shared_out(deep, members, groups)
@@ -304,7 +304,7 @@ def _is_paired(nest: Nest) -> bool:
 
 def _pieces(nest: Nest, level: int) -> int:
     """How many pieces results are written in, where no line of the cache is written whole."""
-    part = _part(nest, nest.output, level)
+    part = part_of(nest, nest.output, level)
     return part.elements // part.together if part.together * part.size < LINE else 0
 
 
@@ -318,7 +318,7 @@ def _shared_out(pieces: int, warps: int, groups: int) -> tuple[int, float]:
     return (warps, 1.0) if groups > 1 else (min(warps, pieces), pieces / -(-pieces // warps))
 
 
-def _part(nest: Nest, access: Access, level: int, whole: bool = False) -> _Part:
+def part_of(nest: Nest, access: Access, level: int, whole: bool = False) -> Part:
     """What the loops inside of a level read of an access."""
     tensor = nest.tensor(access.tensor)
     size = ITEM_BYTES[tensor.dtype]
@@ -342,7 +342,7 @@ def _part(nest: Nest, access: Access, level: int, whole: bool = False) -> _Part:
             together *= span
     slab = _slab(nest, access, level, spans) if whole and (turned or width == 1) else 0
     part = math.prod(spans), width, together, size, turned
-    return _Slab(*part, slab) if slab else _Part(*part)
+    return _Slab(*part, slab) if slab else Part(*part)
 
 
 def _slab(nest: Nest, access: Access, level: int, spans: Sequence[int]) -> int:

@@ -52,6 +52,29 @@ static __device__ __forceinline__ void clear(unsigned char* at, int bytes, int t
   }
 }
 
+// Write so many registers as one word to memory, or to shared memory; the compiler splits what is not said to
+// be one, to need fewer registers.
+static __device__ __forceinline__ void write(void* to, const u32 (&from)[1]) {
+  asm volatile("st.global.b32 [%0], %1;" :: "l"(to), "r"(from[0]) : "memory");
+}
+static __device__ __forceinline__ void write(void* to, const u32 (&from)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(to), "r"(from[0]), "r"(from[1]) : "memory");
+}
+static __device__ __forceinline__ void write(void* to, const u32 (&from)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::
+               "l"(to), "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3]) : "memory");
+}
+static __device__ __forceinline__ void keep(void* to, const u32 (&from)[1]) {
+  asm volatile("st.shared.b32 [%0], %1;" :: "r"(address(to)), "r"(from[0]) : "memory");
+}
+static __device__ __forceinline__ void keep(void* to, const u32 (&from)[2]) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(address(to)), "r"(from[0]), "r"(from[1]) : "memory");
+}
+static __device__ __forceinline__ void keep(void* to, const u32 (&from)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::
+               "r"(address(to)), "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3]) : "memory");
+}
+
 static __device__ __forceinline__ u32 word(u32 at) {
   u32 found;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(found) : "r"(at));
@@ -116,23 +139,40 @@ template <int WIDTH> static __device__ __forceinline__ void gather(u16* to, cons
   if constexpr (WIDTH == 1) {
     *to = *from;
   } else {
-    Elements<WIDTH> found;
+    u32 found[WIDTH / 2];
 #pragma unroll
     for (int i = 0; i < WIDTH / 2; ++i) {
-      found.pairs[i] = from[2 * i * stride] | u32(from[(2 * i + 1) * stride]) << 16;
+      found[i] = from[2 * i * stride] | u32(from[(2 * i + 1) * stride]) << 16;
     }
-    *reinterpret_cast<typename Wide<WIDTH>::type*>(to) = found.whole;
+    keep(to, found);
   }
+}
+// Reads so many elements that are one word.
+template <int WIDTH> static __device__ __forceinline__ void load(float (&to)[WIDTH], const u16* from) {
+  if constexpr (WIDTH == 1) {
+    to[0] = widen(*from);
+  } else {
+    Elements<WIDTH> found;
+    found.whole = *reinterpret_cast<const typename Wide<WIDTH>::type*>(from);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) to[i] = widen(u16(found.pairs[i / 2] >> i % 2 * 16));
+  }
+}
+// The registers of so many results that are one word.
+template <int WIDTH>
+static __device__ __forceinline__ void pack(u32 (&to)[WIDTH / 2], const float (&from)[WIDTH]) {
+#pragma unroll
+  for (int i = 0; i < WIDTH / 2; ++i) narrow2(reinterpret_cast<u16*>(&to[i]), from[2 * i], from[2 * i + 1]);
 }
 // Writes so many elements, which lie together in shared memory, as one word.
 template <int WIDTH> static __device__ __forceinline__ void put(u16* to, const u16* from) {
   if constexpr (WIDTH == 1) {
     *to = *from;
   } else {
-    Elements<WIDTH> found;
+    u32 found[WIDTH / 2];
 #pragma unroll
-    for (int i = 0; i < WIDTH / 2; ++i) found.pairs[i] = reinterpret_cast<const u32*>(from)[i];
-    *reinterpret_cast<typename Wide<WIDTH>::type*>(to) = found.whole;
+    for (int i = 0; i < WIDTH / 2; ++i) found[i] = reinterpret_cast<const u32*>(from)[i];
+    write(to, found);
   }
 }
 
@@ -169,13 +209,39 @@ static __device__ __forceinline__ void rounded_matrices(u32 (&to)[4], u32 at) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) to[i] = __float_as_uint(rounded(__uint_as_float(to[i])));
 }
-template <int WIDTH> struct Wide { struct __align__(4 * WIDTH) type { float at[WIDTH]; }; };
+template <int WIDTH> struct Wide;
+template <> struct Wide<1> { typedef float type; };
+template <> struct Wide<2> { typedef float2 type; };
+template <> struct Wide<4> { typedef float4 type; };
+// Reads so many elements that are one word.
+template <int WIDTH> static __device__ __forceinline__ void load(float (&to)[WIDTH], const float* from) {
+  const auto found = *reinterpret_cast<const typename Wide<WIDTH>::type*>(from);
+  if constexpr (WIDTH == 1) to[0] = found;
+  else to[0] = found.x, to[1] = found.y;
+  if constexpr (WIDTH == 4) to[2] = found.z, to[3] = found.w;
+}
+// The registers of so many results that are one word.
+template <int WIDTH>
+static __device__ __forceinline__ void pack(u32 (&to)[WIDTH], const float (&from)[WIDTH]) {
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) to[i] = __float_as_uint(from[i]);
+}
+// Writes so many elements, which are one word in shared memory.
+template <int WIDTH> static __device__ __forceinline__ void put(float* to, const float* from) {
+  float some[WIDTH];
+  u32 words[WIDTH];
+  load(some, from);
+  pack(words, some);
+  write(to, words);
+}
 // Puts so many floats, each `stride` behind the one before, side by side, and rounds them.
 template <int WIDTH> static __device__ __forceinline__ void gather(float* to, const float* from, int stride) {
-  typename Wide<WIDTH>::type found;
+  float some[WIDTH];
 #pragma unroll
-  for (int i = 0; i < WIDTH; ++i) found.at[i] = rounded(from[i * stride]);
-  *reinterpret_cast<typename Wide<WIDTH>::type*>(to) = found;
+  for (int i = 0; i < WIDTH; ++i) some[i] = rounded(from[i * stride]);
+  u32 words[WIDTH];
+  pack(words, some);
+  keep(to, words);
 }
 """
 

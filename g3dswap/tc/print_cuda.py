@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ..errors import ScheduleError
 from .depth_cuda import DepthProgram
+from .lanes_cuda import LanesProgram
 from .nest import SIDE_BINDS, Nest
 from .pointwise_cuda import pointwise_cuda
 from .prelude_cuda import MEMORY, prelude_cuda
@@ -38,8 +39,7 @@ def print_cuda(nest: Nest, settings: Settings) -> str:
     ScheduleError: the schedule has no meaning for this target (no product of half types, no image in shared
     memory, sides that are no multiple of a fragment's, fragments that are not consecutive, ...).
     """
-    _check(nest, settings.warps)
-    program: Program = (DepthProgram if _sums_positions(nest) else RowsProgram)(nest, settings)
+    program = _program(nest, settings)
     program.place_in_grid()
     program.write()
     if program.shared > MOST_SHARED:
@@ -67,6 +67,14 @@ def print_cuda(nest: Nest, settings: Settings) -> str:
     )
 
 
+def _program(nest: Nest, settings: Settings) -> Program:
+    """What a program of this nest is: of lanes, or of a product whose rows or whose depth are positions."""
+    if any(p.bind == "lanes" for p in nest.loops):
+        return LanesProgram(nest, settings)
+    _check(nest, settings.warps)
+    return (DepthProgram if _sums_positions(nest) else RowsProgram)(nest, settings)
+
+
 def _sums_positions(nest: Nest) -> bool:
     """Whether the depth runs along the image's positions: the other factor has the batch, as no kernel."""
     _, other = image_and_other(nest)
@@ -74,7 +82,7 @@ def _sums_positions(nest: Nest) -> bool:
 
 
 def _check(nest: Nest, warps: int) -> None:
-    """The rules of this target."""
+    """The rules of a product."""
     dtype, lengths = nest.tensors[0].dtype, nest.lengths
     sides = [p.bind for p in nest.loops if p.bind in SIDE_BINDS]
     if sorted(sides) != sorted(SIDE_BINDS) or any(p.bind == "lanes" for p in nest.loops):

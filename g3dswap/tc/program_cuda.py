@@ -158,6 +158,14 @@ class Program(CudaText):
         """Which sum a point of the unrolled loops adds to."""
         return tuple(point[f"v{i}"] for i in self.parallel)
 
+    def stored(self) -> dict[Key, Env]:
+        """One point for each sum that is stored somewhere, those without a term among them."""
+        found: dict[Key, Env] = {}
+        for point in self.points():
+            if self.key(point) not in found and self.spotter.spot(self.nest.output, point) is not None:
+                found[self.key(point)] = point
+        return found
+
     def check_size(self, registers: int, products: int) -> None:
         """Note whether sums in so many registers of a thread leave few.
 

@@ -42,7 +42,7 @@ class RowsProgram(Program):
         length = self.nest.lengths["depth"]
         if length % self.deep:
             raise ScheduleError(f"a depth of {length} is no multiple of {self.deep}.")
-        points, sums, depth = self.terms(), self.sums(), self.sides["depth"]
+        points, sums, depth = self.terms(), self.stored(), self.sides["depth"]
         box = box_of(self, self.image, points, self.outside, lambda symbol: depth in self.variables(symbol))
         image = RowFragments(self, box, points)
         raw = box_of(self, self.other, [{}], len(self.grid), lambda symbol: True)
@@ -107,14 +107,6 @@ class RowsProgram(Program):
         """Begin to copy a part, as a group of copies of its own."""
         arrival.fetch(to, self.threads, "thread")
         self.emit("committed();")
-
-    def sums(self) -> dict[Key, Env]:
-        """One point for each sum that is stored somewhere, those without a term among them."""
-        found: dict[Key, Env] = {}
-        for point in self.points():
-            if self.key(point) not in found and self.spotter.spot(self.nest.output, point) is not None:
-                found[self.key(point)] = point
-        return found
 
     def multiply(
         self,

@@ -17,11 +17,13 @@ import torch
 from ..errors import ArgumentError, ScheduleError
 from . import (
     model_banded,
+    model_lanes,
     model_product,
     model_staged,
     model_triton,
     space_banded,
     space_cpp,
+    space_lanes,
     space_product,
     space_staged,
     space_triton,
@@ -64,7 +66,7 @@ A_FAMILY = {"cpp": 2, "triton": 6}
 CAPABLE = (8, 0)
 """The compute capability that has what kernels in CUDA C++ use, such as products of bfloat16."""
 
-Tiled = space_triton.Point | Product
+Tiled = space_triton.Point | space_lanes.Point | Product
 
 
 class Space:
@@ -94,7 +96,8 @@ class Space:
                 return cost_cpp(scheduled, buffers, self.threads)
             warps, batch = schedule.hint("warps", 4), self.batch
             if is_cuda(schedule):
-                return model_staged.cost(scheduled, Settings.of(schedule), batch, self._room)
+                model = model_staged if is_product(schedule) else model_lanes
+                return model.cost(scheduled, Settings.of(schedule), batch, self._room)
             if schedule.skew and is_product(schedule):
                 ahead, across = schedule.hint("ahead", 0), schedule.hint("across", 0)
                 return BANDED * model_banded.cost(scheduled, warps, ahead, bool(across), batch)
@@ -160,7 +163,8 @@ class Space:
 
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
         every: list[tuple[Sequence[Tiled], Callable[[Container[Any]], Iterable[Tiled]]]]
-        spaces = (space_triton, space_product, space_banded, *([space_staged] if has_cuda() else []))
+        cuda = (space_staged, space_lanes) if has_cuda() else ()
+        spaces = (space_triton, space_product, space_banded, *cuda)
         every = [family for space in spaces for family in space.families(self.nest, self.batch)]
         glances = [{point: self._costed(point) for point in _spread(first, GLANCE)} for first, _ in every]
         best = [min((cost for cost, _ in seen.values()), default=math.inf) for seen in glances]
@@ -245,6 +249,9 @@ class Space:
             banded = space_banded if schedule.skew else space_product
             space = space_staged if is_cuda(schedule) else banded
             return space.mutate(self.nest, Product.of(schedule), rng, self.batch).schedule(self.nest)
+        if is_cuda(schedule):
+            lanes = space_lanes.Point.of(schedule, self.nest)
+            return space_lanes.mutate(self.nest, lanes, rng, self.batch).schedule(self.nest)
         point = space_triton.Point.of(schedule)
         return space_triton.mutate(self.nest, point, rng, self.batch).schedule(self.nest)
 

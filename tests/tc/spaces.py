@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from g3dswap.tc.product import Product
 from g3dswap.tc.schedule import Schedule
 from g3dswap.tc.space import Space
+from g3dswap.tc.space_lanes import Point
+
+T = TypeVar("T", Product, Point)
 
 
-def every(families: Iterable[tuple[list[Product], Callable[[Any], Iterable[Product]]]]) -> list[Product]:
-    """All products of families."""
-    return [product for first, rest in families for product in rest({product.tile for product in first})]
+def every(families: Iterable[tuple[list[T], Callable[[Any], Iterable[T]]]]) -> list[T]:
+    """All points of families."""
+    return [point for first, rest in families for point in rest({point.tile for point in first})]
 
 
 def walk(space: Space, start: Schedule, rng: random.Random, stays: Callable[[Schedule], bool]) -> None:

@@ -1,0 +1,149 @@
+"""Sums on vector units of factors that lie in shared memory: each thread has a block of results.
+
+A program copies what it reads of both factors, the image with the zeros around it, so that no thread tests
+where it is.  A thread reads neighbouring elements as one word, and what several of its results need once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from ..errors import ScheduleError
+from .nest import Nest
+from .place import Env
+from .place_nd import Spot
+from .program_cuda import Key, Program, Settings
+from .results_cuda import Results, in_words, put
+from .values_cuda import Values
+from .words import ITEM_BYTES, WARP
+
+SAMPLE = 64
+"""Threads by which conflicts are counted."""
+SECTOR = 32
+"""Bytes that come from memory, and go there, together."""
+SCATTERED = 1.5
+"""How many times as many sectors as it fills a warp may touch in a store."""
+
+
+class LanesProgram(Program):
+    """lanes: the loops of which each thread has a step.  members: how many threads have one."""
+
+    def __init__(self, nest: Nest, settings: Settings) -> None:
+        super().__init__(nest, settings)
+        self.lanes = [i for i, p in enumerate(nest.loops) if p.bind == "lanes"]
+        self.members = math.prod(nest.loops[i].count or 1 for i in self.lanes)
+        self.runs = math.prod(nest.loops[i].count or 1 for i in self.serial)
+        if self.members > self.threads:
+            raise ScheduleError(f"{self.members} lanes are more than {self.threads} threads.")
+        if any(nest.is_reduce(nest.loops[i].axis) for i in self.lanes):
+            raise ScheduleError("lanes of a program with shared memory have results of their own.")
+        stage = nest.stage_of(self.image.tensor)
+        if self.walks or len(nest.stages) > 1 or stage is None or stage.level != len(self.grid):
+            raise ScheduleError(f"lanes share {self.image.tensor}, which is staged once for all their sums.")
+        if nest.fused or nest.partial_loops or any(access.ties for access in nest.accesses):
+            raise ScheduleError(
+                "lanes that share memory run along single axes of what is neither packed nor split."
+            )
+
+    def write(self) -> None:
+        points, sums = self.terms(), self.stored()
+        self.check_size(len(sums), len(points))
+        some = [self.step(thread) for thread in range(min(SAMPLE, self.members))]
+        accesses = self.image, self.other
+        image, other = (Values(self, a, points, some, self.runs, self.threads) for a in accesses)
+        for values in (image, other):
+            values.fetch(self.take(values.box.size * self.item), self.threads)
+        self.emit("committed();", "arrived<0>();")
+        self.decode(self.lanes, "thread")
+        self.emit(f"float sum[{len(sums)}] = {{}};")
+        numbers = {key: number for number, key in enumerate(sums)}
+        with self.members_only():
+            self.add([p for p in points if self.key(p) in numbers], numbers, image, other, self.serial)
+        self.store(sums, some)
+
+    @contextmanager
+    def members_only(self) -> Iterator[None]:
+        """What only threads do that have a step of the lanes."""
+        if self.members == self.threads:
+            yield
+            return
+        with self.block(f"if (thread < {self.members})"):
+            yield
+
+    def step(self, thread: int) -> Env:
+        """The variables of a thread's lanes."""
+        found = {}
+        for i in reversed(self.lanes):
+            count = self.nest.loops[i].count or 1
+            found[f"v{i}"], thread = thread % count, thread // count
+        return found
+
+    def add(
+        self,
+        points: Sequence[Env],
+        numbers: Mapping[Key, int],
+        image: Values,
+        other: Values,
+        loops: Sequence[int],
+    ) -> None:
+        """The loops that are left, and in them each element of the image, followed by all that uses it."""
+        if loops:
+            name = self.names[f"v{loops[0]}"]
+            self.emit("#pragma unroll 1")
+            with self.block(f"for (int {name} = 0; {name} < {self.count(loops[0])}; ++{name})"):
+                self.add(points, numbers, image, other, loops[1:])
+            return
+        image.begin()
+        other.begin()
+        for point in sorted(points, key=image.place):
+            total = f"sum[{numbers[self.key(point)]}]"
+            self.emit(f"{total} = fmaf({image.load(point)}, {other.load(point)}, {total});")
+
+    def store(self, sums: Mapping[Key, Env], some: Sequence[Env]) -> None:
+        """Write all results, those of a thread that lie together as words.
+
+        Where a warp's words lie apart, results are collected in shared memory first.
+        """
+        found = []
+        for number, point in enumerate(sums.values()):
+            spot = self.spotter.spot(self.nest.output, point)
+            assert spot is not None
+            found.append((spot, self.finished(f"sum[{number}]", point)))
+        found.sort(key=lambda result: result[0].address.const)
+        size, spots = ITEM_BYTES[self.result.dtype], [spot for spot, _ in found]
+        words = in_words([spot.address for spot in spots], size, [self.test(spot) for spot in spots])
+        if self._touched(spots[0], words[0], size, some[:WARP]) > SCATTERED:
+            self.collect(sums, some)
+            return
+        first = 0
+        with self.members_only():
+            for width in words:
+                values = [value for _, value in found[first : first + width]]
+                put(self, "write", self.where(spots[first]), values, size, self.test(spots[first]))
+                first += width
+
+    def collect(self, sums: Mapping[Key, Env], some: Sequence[Env]) -> None:
+        """Bring all results of the program to shared memory, where the factors were, and write them."""
+        points = [*sums.values()]
+        results = Results(self, points, some)
+        addresses = [results.address(point) for point in points]
+        order = sorted(range(len(points)), key=lambda number: addresses[number].const)
+        self.shared = max(self.shared, results.bytes)
+        results.begin(0)
+        first = 0
+        with self.members_only():
+            for width in in_words([addresses[number] for number in order], results.size):
+                own = order[first : first + width]
+                values = [self.finished(f"sum[{number}]", points[number]) for number in own]
+                put(self, "keep", f"results + ({self.form(addresses[own[0]])})", values, results.size)
+                first += width
+        results.write(self.threads)
+
+    def _touched(self, spot: Spot, width: int, size: int, warp: Sequence[Env]) -> float:
+        """How many times as many sectors a warp's store of a word of such elements touches as it fills."""
+        lanes = self.part(spot.address, *warp[0])
+        begins = [self.spotter.evaluate(lanes, step) * size for step in warp]
+        sectors = {byte // SECTOR for begin in begins for byte in (begin, begin + width * size - 1)}
+        return len(sectors) * SECTOR / (len(begins) * width * size)

@@ -1,0 +1,152 @@
+"""A cost model for CUDA C++ kernels whose lanes share memory: issue slots, trips to shared memory, bytes.
+
+What one program takes alone, from its first load to its last store, what all of them ask of a multiprocessor
+together, and what memory and the L2 cache give hide each other in part.  The constants were fitted to 1,900
+kernels on an H200, of depthwise layers in float32 and bfloat16 and of one with eight channels a group;
+they explain times within a fifth, and of a space's best four by this model one is within a few percent of the
+best that was found.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .box import WIDEST
+from .cuda_text import REGISTER
+from .footprint import accumulators_of, distinct, runs_of, tile_of
+from .fragments_cuda import BANKS
+from .lanes_cuda import SCATTERED, SECTOR
+from .model_product import CYCLES
+from .model_staged import Part, part_of
+from .model_triton import MOST_PROGRAMS, MOST_WARPS, PROCESSORS
+from .nest import Access, Nest
+from .program_cuda import MOST_ACCUMULATORS, MOST_SHARED, SHARED, Settings
+from .roles import image_and_other
+from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, WARP
+
+LAUNCH, ARRIVAL = 3.0e-6, 0.64e-6
+"""Seconds of a launch, and until the copies of a program have arrived."""
+BANDWIDTH, L2 = 4.2e12, 5.5e12
+"""Bytes of memory and of the L2 cache in a second."""
+PIECE = 64
+"""Bytes that come from the L2 cache together, by what programs take that read less."""
+COPY, STORE, COLLECTED = 9.5, 4.0, 4.5
+"""Issue slots of a copy, of a store of a word, and of a result that is collected before."""
+COPIED, COPIED_LINE, STORED, KEPT, WRITTEN = 1.07, 1.26, 0.85, 4.1, 1.0
+"""Trips to shared memory or the L1 cache for a copy, for each line that it is of, for each sector that a
+store is to, for a result that is kept to be collected, and for each line of those then."""
+ISSUE, ALONE, TRIPS_ALONE = 1.06, 0.64, 0.2
+"""What parts of issue slots count where all programs issue, and of slots and trips for one alone."""
+TOGETHER = 2.43
+"""Exponent of the norm by which times are combined that hide each other."""
+WHOLE_WAVES = 4
+"""Fewer waves of programs than these end together."""
+OWN, HELD = 40, 60
+"""Registers of a thread beside its results, and of elements that are read ahead of their use, at most."""
+
+
+def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED) -> float:
+    """Estimated seconds of a scheduled nest with such programs; infinite if none fits.
+
+    room: bytes of shared memory that a program can have.
+    """
+    tile, grid = tile_of(nest), sum(p.bind == "grid" for p in nest.loops)
+    factors, results, warps = image_and_other(nest), accumulators_of(nest, tile), settings.warps
+    parts = [part_of(nest, factor, grid) for factor in factors]
+    shared = max(sum(part.room(1) * part.size for part in parts), _collected(nest, grid))
+    if shared > room or results > MOST_ACCUMULATORS:
+        return math.inf
+    programs, runs = runs_of(nest, batch)
+    read = [distinct(tile, factor, nest.tensor(factor.tensor), _width(nest, factor)) for factor in factors]
+    elements = sum(number for number, _ in read)
+    slots: float = runs * (
+        tile.terms + sum(words for _, words in read) + (elements if parts[0].size < REGISTER else 0)
+    )
+    trips: float = runs * sum(words * _trips(nest, factor) for factor, (_, words) in zip(factors, read))
+    width, sectors, out = _width(nest, nest.output), _sectors(nest), part_of(nest, nest.output, grid)
+    if sectors * SECTOR > SCATTERED * WARP * width * out.size:
+        slots, trips = slots + results * COLLECTED, trips + results * KEPT
+        written = out.elements / WARP * _lines(out, 1) * WRITTEN
+    else:
+        slots, trips = slots + results / width * STORE, trips + results / width * sectors * STORED
+        written = 0.0
+    slots = slots * warps + sum(part.copies for part in parts) * COPY
+    trips = trips * warps + written
+    trips += sum(part.copies * (COPIED + COPIED_LINE * _lines(part, part.width)) for part in parts)
+    registers = min(MOST_REGISTERS, OWN + results + min(HELD, elements))
+    resident = min(
+        MOST_WARPS // warps, int(SHARED / (shared + 1024)), REGISTERS // (registers * WARP * warps)
+    )
+    each, beside = programs / PROCESSORS, max(1, min(MOST_PROGRAMS, resident))
+    waves = max(1.0, each / beside)
+    if waves < WHOLE_WAVES:
+        waves = math.ceil(waves)
+    alone = waves * (ARRIVAL + (slots / min(4, warps) * ALONE + trips * TRIPS_ALONE) / CYCLES)
+    issued, served = each * slots / 4 * ISSUE / CYCLES, each * trips / CYCLES
+    whole = sum(math.prod(e or batch for e in t.shape) * ITEM_BYTES[t.dtype] for t in nest.tensors)
+    moved = max(whole / BANDWIDTH, programs * sum(map(_bytes, parts)) / L2)
+    return LAUNCH + math.fsum(s**TOGETHER for s in (alone, issued, served, moved)) ** (1 / TOGETHER)
+
+
+def _bytes(part: Part) -> float:
+    """Bytes that the L2 cache brings, whose pieces are larger than what lies together."""
+    return part.elements * part.size * max(1.0, PIECE / (part.together * part.size))
+
+
+def _lines(part: Part, width: int) -> float:
+    """Lines that a warp's words are of, where not all that a program has lies together."""
+    return max(1.0, WARP * width / part.together)
+
+
+def _collected(nest: Nest, grid: int) -> float:
+    """Bytes of the results of a program, which are collected where copies of the factors were."""
+    part: Part = part_of(nest, nest.output, grid)
+    return part.room(1) * part.size
+
+
+def _lanes_of(nest: Nest, access: Access) -> list[tuple[int, int]]:
+    """Of each loop of the lanes, the fastest last: its steps, and how far apart they lie in memory."""
+    strides = nest.tensor(access.tensor).strides
+    return [
+        (
+            p.count or 1,
+            p.step * sum(s * i.coefficient(p.axis) // i.divisor for i, s in zip(access.indices, strides)),
+        )
+        for p in nest.loops
+        if p.bind == "lanes"
+    ]
+
+
+def _width(nest: Nest, access: Access) -> int:
+    """Elements that a thread reads or writes as one word: neighbours in its block."""
+    tensor = nest.tensor(access.tensor)
+    most = WIDEST // ITEM_BYTES[tensor.dtype]
+    for index, stride, extent in zip(access.indices, tensor.strides, tensor.shape):
+        if stride == 1 and extent != 1:
+            moving = [p for p in nest.loops if p.count != 1 and p.bind in ("serial", "lanes")]
+            return math.gcd(most, *(index.coefficient(p.axis) * p.step // index.divisor for p in moving))
+    return 1
+
+
+def _trips(nest: Nest, access: Access) -> float:
+    """Trips to shared memory of a warp that reads a word; lines of a box are taken to lie in other banks."""
+    size = ITEM_BYTES[nest.tensor(access.tensor).dtype]
+    words = max(1, _width(nest, access) * size // REGISTER)
+    found = [(count, abs(step)) for count, step in _lanes_of(nest, access)]
+    if not any(step for _, step in found):
+        return 1.0
+    count, step = found[-1]
+    apart = BANKS // math.gcd(BANKS, max(1, step * size // REGISTER)) if step else BANKS
+    return words * max(1.0, min(count, WARP // words) / apart)
+
+
+def _sectors(nest: Nest) -> int:
+    """Sectors that a warp's store of a word touches."""
+    size, width = ITEM_BYTES[nest.tensor(nest.output.tensor).dtype], _width(nest, nest.output)
+    begins = [0]
+    for count, step in reversed(_lanes_of(nest, nest.output)):
+        begins = [begin + place * step for place in range(count) for begin in begins][:WARP]
+        if len(begins) == WARP:
+            break
+    ends = (begin + end for begin in begins for end in (0, width - 1))
+    return round(len({end * size // SECTOR for end in ends}) * WARP / len(begins))
