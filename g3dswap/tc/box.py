@@ -99,9 +99,13 @@ def box_of(
     bases: list[Linear | None] = [None] * len(tensor.shape)
     lows, highs = [math.inf] * len(tensor.shape), [-math.inf] * len(tensor.shape)
     fragment: set[int] = set()
+    met: list[set[Linear]] = [set() for _ in tensor.shape]  # most points differ in other dimensions
     for point in points:
         values = spotter.indices(access, point)
         for d, value in enumerate(values or ()):
+            if value in met[d]:
+                continue
+            met[d].add(value)
             base = Linear(0, tuple(t for t in value.terms if outer(t[0])))
             inner = value - base
             if text.part(inner, *(f"v{i}" for i in range(level))).terms:

@@ -7,6 +7,7 @@ the sides that are left are loops.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -112,6 +113,7 @@ def _extent(nest: Nest, axis: str) -> int:
     return nest.extent(axis) or 1
 
 
+@functools.lru_cache(maxsize=64)
 def tiles(nest: Nest) -> list[Tile]:
     """What a thread has: blocks of positions and filters, and as many sides of the kernel as fit, or one
     less."""
@@ -145,8 +147,9 @@ def tiles(nest: Nest) -> list[Tile]:
     return found
 
 
+@functools.lru_cache(maxsize=1024)
 def lanes(
-    nest: Nest, tile: Tile, threads: Sequence[int] = THREADS, groups: Sequence[int] = GROUPS
+    nest: Nest, tile: Tile, threads: tuple[int, ...] = THREADS, groups: tuple[int, ...] = GROUPS
 ) -> list[Point]:
     """Programs of about so many threads and groups, whose threads have such a tile: of each size, those that
     copy the least for a result."""

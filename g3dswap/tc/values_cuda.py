@@ -52,25 +52,28 @@ class Values:
         self.start = 0
         whole, moves = box_of(text, access, points, text.outside), moves_of(text, access, points[0], lanes)
         indices = [text.spotter.indices(access, point) or [] for point in points]
+        if any([i.terms for i in each] != [i.terms for i in indices[0]] for each in indices):
+            raise ScheduleError(f"{access} is read at places that move apart.")
+        steps = [tuple(i.const - first.const for i, first in zip(each, indices[0])) for each in indices]
         best = math.inf
         # Lines may lie at multiples of any unit: the larger it is, the wider are words, and the box.
         for box, unit in itertools.product(aligned(whole), (1, text.pair, text.chunk)):
             if unit < box.width:
                 continue
             made = without_conflicts(box, unit, partial(conflicts, moves, text.item, unit))
-            addresses = [made.address(values) for values in indices]
-            width = math.gcd(text.chunk, *(factor for _, factor in addresses[0].terms))
-            loads = len({*_words((address.const for address in addresses), width).values()})
+            first = made.address(indices[0])
+            width = math.gcd(text.chunk, *(factor for _, factor in first.terms))
+            places = {
+                step: first.const + sum(x * dim.pitch for x, dim in zip(step, made.dims)) for step in {*steps}
+            }
+            words = _words(places.values(), width)
             again = conflicts(moves, text.item, width, made) / len(moves)
             copies = math.prod(dim.span for dim in made.dims) / made.width / threads
-            cost = copies * COPIED + loads * runs * (1 + again)
+            cost = copies * COPIED + len({*words.values()}) * runs * (1 + again)
             if cost < best:
-                best, self.box, self.width, self.begins = cost, made, width, Linear(0, addresses[0].terms)
-                places = addresses
-        if any(address.terms != self.begins.terms for address in places):
-            raise ScheduleError(f"{access} is read at places that move apart.")
-        self.places = {_key(point): address.const for point, address in zip(points, places)}
-        self.words = _words(self.places.values(), self.width)
+                best, self.box, self.width, self.begins = cost, made, width, Linear(0, first.terms)
+                self.places = {_key(point): places[step] for point, step in zip(points, steps)}
+                self.words = words
         self.loaded: set[int] = set()
 
     def fetch(self, start: int, threads: int) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 
+from g3dswap.choice import problem_from_json
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.errors import ScheduleError
-from g3dswap.problem import Geometry, Problem
+from g3dswap.problem import ACTIVATIONS, Geometry, Problem
 from g3dswap.tc import model_lanes
+from g3dswap.tc.kernel import build
 from g3dswap.tc.nest import Nest
 from g3dswap.tc.program_cuda import Settings
 from g3dswap.tc.schedule import Digit, Schedule, apply
@@ -21,7 +26,7 @@ from g3dswap.tc.space import Space
 from g3dswap.tc.space_lanes import Point, families, is_possible, lanes, mutate, tiles
 from tests.emulated import emulated
 from tests.geometries import TOLERANCE, Case, cases, error, expected, operands
-from tests.tc.spaces import every, walk
+from tests.tc.spaces import every, judged, walk
 
 GPU_DTYPES = torch.float32, torch.bfloat16, torch.float16
 GEOMETRIES = {
@@ -65,15 +70,14 @@ def test_random_geometries(case: Case) -> None:
 @pytest.mark.parametrize("direction", ["forward", "grad_input"])
 def test_each_kind_of_layer(direction: str, name: str, layout: str) -> None:
     forward = direction == "forward"
-    for dtype in (torch.float32, torch.bfloat16):
-        problem = Problem(
-            direction, GEOMETRIES[name], dtype, layout, bias=forward, activation="relu" * forward
-        )
-        nest, points = nest_and_points(problem)
-        check(Case(problem, 2, 0), nest, random.Random(name + direction).choice(points))
+    dtype = torch.float32 if forward else torch.bfloat16
+    activation = "relu" if forward else ""
+    problem = Problem(direction, GEOMETRIES[name], dtype, layout, bias=forward, activation=activation)
+    nest, points = nest_and_points(problem)
+    check(Case(problem, 2, 0), nest, random.Random(name + direction).choice(points))
 
 
-def test_an_empty_batch_and_another_one() -> None:
+def test_other_batches() -> None:
     problem = Problem("forward", GEOMETRIES["whole lines"], torch.float32, "contiguous")
     nest, points = nest_and_points(problem)
     kernel = emulated(nest, points[0].schedule(nest))
@@ -82,6 +86,25 @@ def test_an_empty_batch_and_another_one() -> None:
         tensors, out = operands(case)
         kernel(*tensors, out=out)
         assert error(out, expected(case, tensors)) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("direction", ["forward", "grad_input"])
+def test_on_a_gpu(direction: str, layout: str, dtype: torch.dtype) -> None:
+    """What the emulation cannot show: instructions, copies that are under way, launches."""
+    rng, forward = random.Random(f"{direction} {layout} {dtype}"), direction == "forward"
+    for geometry in GEOMETRIES.values():
+        activation = rng.choice(("", *ACTIVATIONS)) if forward else ""
+        problem = Problem(direction, geometry, dtype, layout, bias=forward, activation=activation)
+        case, (nest, points) = Case(problem, 3, rng.randrange(1000)), nest_and_points(problem)
+        tensors, out = operands(case)
+        reference = expected(case, tensors)
+        for point in rng.sample(points, 3):
+            result = out.cuda()
+            build(nest, point.schedule(nest), "triton")(*(tensor.cuda() for tensor in tensors), out=result)
+            assert error(result.cpu(), reference) <= TOLERANCE[dtype]
 
 
 def forward_of(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, Nest]:
@@ -125,26 +148,21 @@ def test_what_has_no_lanes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: replace(s, hints=(("warps", 1),)), "49 lanes are more than 32 threads"),
-        (lambda s: replace(s, stage=(("I", 7),)), "share I, which is staged once for all their sums"),
-        (lambda s: replace(s, stage=(("K", 6),)), "share I, which is staged once for all their sums"),
-        (
-            lambda s: replace(
-                s, digits=tuple(replace(d, count=8) if d.axis == "h" and d.count else d for d in s.digits)
-            ),
-            "",
-        ),
+        ({"hints": (("warps", 1),)}, "49 lanes are more than 32 threads"),
+        ({"stage": (("I", 7),)}, "share I, which is staged once for all their sums"),
+        ({"stage": (("K", 6),)}, "share I, which is staged once for all their sums"),
     ],
 )
-def test_schedules_that_are_refused(change: object, message: str) -> None:
+def test_schedules_that_are_refused(change: dict[str, Any], message: str) -> None:
     _, nest = forward_of("depthwise 3x3x3")
     schedule = Point((("h", 7), ("w", 7)), (("kt", 3), ("kh", 3), ("kw", 3))).schedule(nest)
-    changed = change(schedule)  # type: ignore[operator]
-    if not message:
-        emulated(nest, changed)  # more lanes than lines: some have none
-        return
     with pytest.raises(ScheduleError, match=message):
-        emulated(nest, changed)
+        emulated(nest, replace(schedule, **change))
+
+
+def test_more_lanes_than_lines() -> None:
+    case, nest = forward_of("depthwise 3x3x3")
+    check(case, nest, Point((("h", 8), ("w", 8)), (("kt", 3), ("kh", 3), ("kw", 3))))
 
 
 def test_lanes_of_a_sum_are_refused() -> None:
@@ -197,3 +215,23 @@ def test_a_tile_without_lanes_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     _, nest = forward_of("dilated")
     point = Point((("w", 9),), (("kt", 3), ("kh", 3), ("kw", 3)))
     assert all(mutate(nest, point, random.Random(seed)) == point for seed in range(6))
+
+
+def measured(layer: dict[str, Any]) -> list[tuple[float, float]]:
+    """Of each schedule of a layer that was measured, the model's seconds and the device's microseconds."""
+    nest = nest_of(problem_from_json(layer["problem"]))
+    schedules = ((Schedule.from_json(text), microseconds) for text, microseconds in layer["kernels"])
+    return [
+        (model_lanes.cost(apply(nest, schedule), Settings.of(schedule), layer["batch"]), microseconds)
+        for schedule, microseconds in schedules
+    ]
+
+
+def test_the_model_finds_the_fast_kernels_of_a_gpu() -> None:
+    """Among its first four of 12 is one of the fastest, and it knows how long the fast ones take."""
+    path = Path(__file__).with_name("measured_shared.json")
+    layers, first, four, ratio = judged(map(measured, json.loads(path.read_text(encoding="utf-8"))["layers"]))
+    assert layers > 20
+    assert first < 1.25
+    assert four < 1.1
+    assert ratio < 1.3
