@@ -16,7 +16,7 @@ from g3dswap.choose import Chooser
 from g3dswap.errors import ProcessError
 from g3dswap.problem import DIRECTIONS, Geometry, Problem
 from g3dswap.remote import RemoteWorkload
-from g3dswap.tc import compile_triton, objects, runtime_triton
+from g3dswap.tc import compile_triton, objects, runtime_triton, space
 from g3dswap.tc.cache import Cache
 from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.trial import TunerConfig
@@ -48,7 +48,8 @@ def own_caches(fresh_cache: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def workload() -> Iterator[RemoteWorkload]:
+def workload(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemoteWorkload]:
+    monkeypatch.setattr(space, "has_cuda", lambda: False)  # so that a text of Triton's can take a kernel's place
     workload = RemoteWorkload(PROBLEM, 2, patience=15)
     yield workload
     workload.close()
