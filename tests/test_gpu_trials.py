@@ -49,7 +49,7 @@ def own_caches(fresh_cache: Path) -> Iterator[None]:
 
 @pytest.fixture
 def workload(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemoteWorkload]:
-    monkeypatch.setattr(space, "has_cuda", lambda: False)  # so that a text of Triton's can take a kernel's place
+    monkeypatch.setattr(space, "has_cuda", lambda: False)  # the texts above take the place of Triton's
     workload = RemoteWorkload(PROBLEM, 2, patience=15)
     yield workload
     workload.close()
