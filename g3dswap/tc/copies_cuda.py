@@ -43,19 +43,10 @@ class Run:
 
 def write_copy(text: CudaText, box: Box, to: str, threads: int, thread: str = "thread") -> None:
     """Copy a box by so many threads; `to` is where it begins in shared memory, `thread` each one's number."""
-    tensor = text.nest.tensor(box.tensor)
-    base = Linear()
-    for dim in box.dims:
-        base = base + dim.base * dim.stride
-    runs = _runs(text, box, base)
-    fixed = [
-        f"(unsigned)({text.form(dim.base)}) < {dim.extent}u"
-        for d, dim in enumerate(box.dims)
-        if d not in box.order and not is_inside(text, dim)
-    ]
+    base, runs, fixed = _frame(text, box)
     with text.block():
         text.emit(f"{text.kind}* to = reinterpret_cast<{text.kind}*>({to});")
-        text.emit(f"const {text.kind}* from = {tensor.name} + ({text.form(base, kind='(i64)')});")
+        text.emit(f"const {text.kind}* from = {box.tensor} + ({text.form(base, kind='(i64)')});")
         if fixed:
             text.emit(f"const bool here = {' && '.join(fixed)};")
 
@@ -67,16 +58,7 @@ def write_copy(text: CudaText, box: Box, to: str, threads: int, thread: str = "t
 
 def write_out(text: CudaText, box: Box, begin: str, threads: int) -> None:
     """Write what a box in shared memory holds to its tensor, by so many threads; `begin` is where it lies."""
-    tensor = text.nest.tensor(box.tensor)
-    base = Linear()
-    for dim in box.dims:
-        base = base + dim.base * dim.stride
-    runs = _runs(text, box, base)
-    fixed = [
-        f"(unsigned)({text.form(dim.base)}) < {dim.extent}u"
-        for d, dim in enumerate(box.dims)
-        if d not in box.order and not is_inside(text, dim)
-    ]
+    base, runs, fixed = _frame(text, box)
 
     def put(from_: str, offset: str) -> None:
         test = _tests(text, runs, False)
@@ -84,8 +66,21 @@ def write_out(text: CudaText, box: Box, begin: str, threads: int) -> None:
         text.emit(f"if ({test}) {put}" if test else put)
 
     with text.block(f"if ({' && '.join(fixed)})" if fixed else ""):
-        text.emit(f"auto* to = {tensor.name} + ({text.form(base, kind='(i64)')});")
+        text.emit(f"auto* to = {box.tensor} + ({text.form(base, kind='(i64)')});")
         write_loops(text, runs, threads, "thread", put)
+
+
+def _frame(text: CudaText, box: Box) -> tuple[Linear, list[Run], list[str]]:
+    """Where a box begins in its tensor, the loops over it, and tests of dimensions that have none."""
+    base = Linear()
+    for dim in box.dims:
+        base = base + dim.base * dim.stride
+    fixed = [
+        f"(unsigned)({text.form(dim.base)}) < {dim.extent}u"
+        for d, dim in enumerate(box.dims)
+        if d not in box.order and not is_inside(text, dim)
+    ]
+    return base, _runs(text, box, base), fixed
 
 
 def write_loops(

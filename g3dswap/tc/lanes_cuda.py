@@ -59,8 +59,8 @@ class LanesProgram(Program):
         self.decode(self.lanes, "thread")
         self.emit(f"float sum[{len(sums)}] = {{}};")
         numbers = {key: number for number, key in enumerate(sums)}
-        with self.members_only():
-            self.add([p for p in points if self.key(p) in numbers], numbers, image, other, self.serial)
+        with self.members_only(), self.looped(self.serial):
+            self.add([p for p in points if self.key(p) in numbers], numbers, image, other)
         self.store(sums, some)
 
     @contextmanager
@@ -80,21 +80,8 @@ class LanesProgram(Program):
             found[f"v{i}"], thread = thread % count, thread // count
         return found
 
-    def add(
-        self,
-        points: Sequence[Env],
-        numbers: Mapping[Key, int],
-        image: Values,
-        other: Values,
-        loops: Sequence[int],
-    ) -> None:
-        """The loops that are left, and in them each element of the image, followed by all that uses it."""
-        if loops:
-            name = self.names[f"v{loops[0]}"]
-            self.emit("#pragma unroll 1")
-            with self.block(f"for (int {name} = 0; {name} < {self.count(loops[0])}; ++{name})"):
-                self.add(points, numbers, image, other, loops[1:])
-            return
+    def add(self, points: Sequence[Env], numbers: Mapping[Key, int], image: Values, other: Values) -> None:
+        """Each element of the image, followed by all that uses it."""
         image.begin()
         other.begin()
         for point in sorted(points, key=image.place):

@@ -50,35 +50,32 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
 
     room: bytes of shared memory that a program can have.
     """
-    tile, grid = tile_of(nest), sum(p.bind == "grid" for p in nest.loops)
-    factors, results, warps = image_and_other(nest), accumulators_of(nest, tile), settings.warps
+    grid, warps = sum(p.bind == "grid" for p in nest.loops), settings.warps
+    factors, out = image_and_other(nest), part_of(nest, nest.output, grid)
     parts = [part_of(nest, factor, grid) for factor in factors]
-    shared = max(sum(part.room(1) * part.size for part in parts), _collected(nest, grid))
+    shared = max(sum(part.room(1) * part.size for part in parts), out.room(1) * out.size)
+    results = accumulators_of(nest, tile_of(nest))
     if shared > room or results > MOST_ACCUMULATORS:
         return math.inf
     programs, runs = runs_of(nest, batch)
-    read = [distinct(tile, factor, nest.tensor(factor.tensor), _width(nest, factor)) for factor in factors]
-    elements = sum(number for number, _ in read)
-    slots: float = runs * (
-        tile.terms + sum(words for _, words in read) + (elements if parts[0].size < REGISTER else 0)
-    )
+    read = [distinct(tile_of(nest), f, nest.tensor(f.tensor), _width(nest, f)) for f in factors]
+    elements, words = (sum(counts) for counts in zip(*read))
+    slots: float = runs * (tile_of(nest).terms + words + (elements if out.size < REGISTER else 0))
     trips: float = runs * sum(words * _trips(nest, factor) for factor, (_, words) in zip(factors, read))
-    width, sectors, out = _width(nest, nest.output), _sectors(nest), part_of(nest, nest.output, grid)
+    width, sectors = _width(nest, nest.output), _sectors(nest)
+    stored = results / width
     if sectors * SECTOR > SCATTERED * WARP * width * out.size:
         slots, trips = slots + results * COLLECTED, trips + results * KEPT
         written = out.elements / WARP * _lines(out, 1) * WRITTEN
     else:
-        slots, trips = slots + results / width * STORE, trips + results / width * sectors * STORED
-        written = 0.0
+        slots, trips, written = slots + stored * STORE, trips + stored * sectors * STORED, 0.0
     slots = slots * warps + sum(part.copies for part in parts) * COPY
     trips = trips * warps + written
     trips += sum(part.copies * (COPIED + COPIED_LINE * _lines(part, part.width)) for part in parts)
-    registers = min(MOST_REGISTERS, OWN + results + min(HELD, elements))
-    resident = min(
-        MOST_WARPS // warps, int(SHARED / (shared + 1024)), REGISTERS // (registers * WARP * warps)
-    )
-    each, beside = programs / PROCESSORS, max(1, min(MOST_PROGRAMS, resident))
-    waves = max(1.0, each / beside)
+    registers = min(MOST_REGISTERS, OWN + results + min(HELD, elements)) * WARP * warps
+    resident = min(MOST_PROGRAMS, MOST_WARPS // warps, int(SHARED / (shared + 1024)), REGISTERS // registers)
+    each = programs / PROCESSORS
+    waves = max(1.0, each / max(1, resident))
     if waves < WHOLE_WAVES:
         waves = math.ceil(waves)
     alone = waves * (ARRIVAL + (slots / min(4, warps) * ALONE + trips * TRIPS_ALONE) / CYCLES)
@@ -96,12 +93,6 @@ def _bytes(part: Part) -> float:
 def _lines(part: Part, width: int) -> float:
     """Lines that a warp's words are of, where not all that a program has lies together."""
     return max(1.0, WARP * width / part.together)
-
-
-def _collected(nest: Nest, grid: int) -> float:
-    """Bytes of the results of a program, which are collected where copies of the factors were."""
-    part: Part = part_of(nest, nest.output, grid)
-    return part.room(1) * part.size
 
 
 def _lanes_of(nest: Nest, access: Access) -> list[tuple[int, int]]:

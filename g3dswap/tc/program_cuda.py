@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from ..errors import ScheduleError
@@ -113,6 +113,17 @@ class Program(CudaText):
         """The head of a warp's loop over its part of so many steps: all of them where warps are apart."""
         first, step = ("0", 1) if self.apart else ("warp", self.warps)
         return f"for (int {name} = {first}; {name} < {count}; {name} += {step})"
+
+    @contextmanager
+    def looped(self, loops: Sequence[int]) -> Iterator[None]:
+        """Loops inside each other that are not unrolled."""
+        with ExitStack() as stack:
+            for i in loops:
+                name = self.names[f"v{i}"]
+                self.emit("#pragma unroll 1")
+                head = f"for (int {name} = 0; {name} < {self.count(i)}; ++{name})"
+                stack.enter_context(self.block(head))
+            yield
 
     @contextmanager
     def rounds(self, name: str, count: str, ahead: bool, members: int = 0) -> Iterator[None]:

@@ -90,7 +90,8 @@ class RowsProgram(Program):
             image.begin(begin)
             self.emit(f"float sum[{len(sums)}][{taps.cols}][4] = {{}};")
             self.emit("u32 a[4];" if taps.kept else "u32 a[4], b[2];")
-            self.multiply(image, taps, sums, points, self.serial)
+            with self.looped(self.serial):
+                self.multiply(image, taps, sums, points)
             self.store(sums, taps.cols)
 
     @contextmanager
@@ -109,20 +110,9 @@ class RowsProgram(Program):
         self.emit("committed();")
 
     def multiply(
-        self,
-        image: RowFragments,
-        taps: TapFragments,
-        sums: Mapping[Key, Env],
-        points: list[Env],
-        loops: list[int],
+        self, image: RowFragments, taps: TapFragments, sums: Mapping[Key, Env], points: list[Env]
     ) -> None:
-        """The loops that are left, and in them each fragment of the image, followed by all that uses it."""
-        if loops:
-            name = self.names[f"v{loops[0]}"]
-            self.emit("#pragma unroll 1")
-            with self.block(f"for (int {name} = 0; {name} < {self.count(loops[0])}; ++{name})"):
-                self.multiply(image, taps, sums, points, loops[1:])
-            return
+        """Each fragment of the image, followed by all that uses it."""
         uses: dict[Linear, list[tuple[int, Env]]] = {}
         numbers = {key: number for number, key in enumerate(sums)}
         moving = [f"v{i}" for i in self.serial]

@@ -36,7 +36,7 @@ THREADS, TYPICAL = (32, 64, 128, 256, 512), (128, 256)
 PARTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 """Of the steps of an axis, one of which a program has."""
 IDLE = 1.25
-"""Threads that are started, and steps of lanes, at most, for each that is needed."""
+"""Threads that programs of several warps start for each that has lanes, at most."""
 GROUPS = (1, 2, 4, 8, 16, 32)
 """Of a program."""
 CHOICES = 2
