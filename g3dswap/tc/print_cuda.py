@@ -1,8 +1,8 @@
-"""Prints a scheduled nest that is a matrix product as CUDA C++, with its image in shared memory.
+"""Prints a scheduled nest as CUDA C++, with its image in shared memory: a matrix product, or sums of lanes.
 
 Triton gives a program no addresses in shared memory, so that a tile which is read at many shifts is loaded,
 and laid out for the matrix unit, once for each of them.  Here a program copies what it reads of the image
-once, and every shift is a constant in the address of a fragment.
+once, and every shift is a constant in the address of a fragment, or of an element.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def print_cuda(nest: Nest, settings: Settings) -> str:
 
     It is to be launched on one program for each step of the grid loops, in one dimension.
 
-    ScheduleError: the schedule has no meaning for this target (no product of half types, no image in shared
-    memory, sides that are no multiple of a fragment's, fragments that are not consecutive, ...).
+    ScheduleError: the schedule has no meaning for this target (a product of other types, no image in shared
+    memory, sides that are no multiple of a fragment's, fragments that are not consecutive, more lanes than
+    threads, ...).
     """
     program = _program(nest, settings)
     program.place_in_grid()

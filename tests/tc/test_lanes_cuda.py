@@ -26,6 +26,7 @@ from g3dswap.tc.space import Space
 from g3dswap.tc.space_lanes import Point, families, is_possible, lanes, mutate, tiles
 from tests.emulated import emulated
 from tests.geometries import TOLERANCE, Case, cases, error, expected, operands
+from tests.profiles import examples
 from tests.tc.spaces import every, judged, walk
 
 GPU_DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -58,7 +59,7 @@ def check(case: Case, nest: Nest, point: Point) -> str:
 
 
 @given(cases(longest=6, dtypes=GPU_DTYPES))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_random_geometries(case: Case) -> None:
     nest, points = nest_and_points(case.problem)
     assume(points)
@@ -163,6 +164,19 @@ def test_schedules_that_are_refused(change: dict[str, Any], message: str) -> Non
 def test_more_lanes_than_lines() -> None:
     case, nest = forward_of("depthwise 3x3x3")
     check(case, nest, Point((("h", 8), ("w", 8)), (("kt", 3), ("kh", 3), ("kw", 3))))
+
+
+def test_a_schedule_of_another_size() -> None:
+    """What was tuned for one image serves another: lanes beyond its end have nothing to do."""
+    _, larger = forward_of("whole lines")
+    point = Point((("t", 2), ("h", 6), ("w", 7)), (("kt", 3), ("kh", 3), ("kw", 3), ("t", 2), ("w", 2)))
+    schedule = point.schedule(larger)
+    for size in ((3, 5, 9), (5, 9, 20)):
+        geometry = replace(GEOMETRIES["whole lines"], size=size)
+        case = Case(Problem("forward", geometry, torch.float32, "contiguous"), 2, 5)
+        tensors, out = operands(case)
+        emulated(nest_of(case.problem), schedule)(*tensors, out=out)
+        assert error(out, expected(case, tensors)) <= TOLERANCE[torch.float32]
 
 
 def test_lanes_of_a_sum_are_refused() -> None:
