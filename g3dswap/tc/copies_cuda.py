@@ -61,9 +61,8 @@ def write_out(text: CudaText, box: Box, begin: str, threads: int) -> None:
     base, runs, fixed = _frame(text, box)
 
     def put(from_: str, offset: str) -> None:
-        test = _tests(text, runs, False)
         put = f"put<{runs[0].width}>(to + ({offset}), {begin} + ({from_}));"
-        text.emit(f"if ({test}) {put}" if test else put)
+        text.emit_if(_tests(text, runs, False), put)
 
     with text.block(f"if ({' && '.join(fixed)})" if fixed else ""):
         text.emit(f"auto* to = {box.tensor} + ({text.form(base, kind='(i64)')});")

@@ -49,6 +49,9 @@ class CudaText:
     def emit(self, *lines: str) -> None:
         self.lines += [INDENT * self._indent + line for line in lines]
 
+    def emit_if(self, test: str, statement: str) -> None:
+        self.emit(f"if ({test}) {statement}" if test else statement)
+
     @contextmanager
     def block(self, head: str = "", end: str = "}") -> Iterator[None]:
         self.emit(f"{head} {{".lstrip())

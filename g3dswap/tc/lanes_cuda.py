@@ -7,8 +7,8 @@ where it is.  A thread reads neighbouring elements as one word, and what several
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from ..errors import ScheduleError
 from .nest import Nest
@@ -17,12 +17,10 @@ from .place_nd import Spot
 from .program_cuda import Key, Program, Settings
 from .results_cuda import Results, in_words, put
 from .values_cuda import Values
-from .words import ITEM_BYTES, WARP
+from .words import ITEM_BYTES, SECTOR, WARP
 
 SAMPLE = 64
 """Threads by which conflicts are counted."""
-SECTOR = 32
-"""Bytes that come from memory, and go there, together."""
 SCATTERED = 1.5
 """How many times as many sectors as it fills a warp may touch in a store."""
 
@@ -61,16 +59,12 @@ class LanesProgram(Program):
         numbers = {key: number for number, key in enumerate(sums)}
         with self.members_only(), self.looped(self.serial):
             self.add([p for p in points if self.key(p) in numbers], numbers, image, other)
-        self.store(sums, some)
+        self.store([*sums.values()], some)
 
-    @contextmanager
-    def members_only(self) -> Iterator[None]:
+    def members_only(self) -> AbstractContextManager[None]:
         """What only threads do that have a step of the lanes."""
-        if self.members == self.threads:
-            yield
-            return
-        with self.block(f"if (thread < {self.members})"):
-            yield
+        alone = self.members < self.threads
+        return self.block(f"if (thread < {self.members})") if alone else nullcontext()
 
     def step(self, thread: int) -> Env:
         """The variables of a thread's lanes."""
@@ -88,48 +82,45 @@ class LanesProgram(Program):
             total = f"sum[{numbers[self.key(point)]}]"
             self.emit(f"{total} = fmaf({image.load(point)}, {other.load(point)}, {total});")
 
-    def store(self, sums: Mapping[Key, Env], some: Sequence[Env]) -> None:
+    def store(self, points: Sequence[Env], some: Sequence[Env]) -> None:
         """Write all results, those of a thread that lie together as words.
 
-        Where a warp's words lie apart, results are collected in shared memory first.
+        points: one for each sum.  Where a warp's words lie apart, results are collected in shared memory
+        first.
         """
-        found = []
-        for number, point in enumerate(sums.values()):
-            spot = self.spotter.spot(self.nest.output, point)
-            assert spot is not None
-            found.append((spot, self.finished(f"sum[{number}]", point)))
-        found.sort(key=lambda result: result[0].address.const)
-        size, spots = ITEM_BYTES[self.result.dtype], [spot for spot, _ in found]
-        words = in_words([spot.address for spot in spots], size, [self.test(spot) for spot in spots])
-        if self._touched(spots[0], words[0], size, some[:WARP]) > SCATTERED:
-            self.collect(sums, some)
+        found = (self.spotter.spot(self.nest.output, point) for point in points)
+        spots = [spot for spot in found if spot is not None]  # of what is stored, all
+        tests = [self.test(spot) for spot in spots]
+        words = in_words([spot.address for spot in spots], ITEM_BYTES[self.result.dtype], tests)
+        if self._touched(spots[words[0][0]], len(words[0]), some[:WARP]) <= SCATTERED:
+            self.put("write", points, words, [self.where(spot) for spot in spots], tests)
             return
-        first = 0
-        with self.members_only():
-            for width in words:
-                values = [value for _, value in found[first : first + width]]
-                put(self, "write", self.where(spots[first]), values, size, self.test(spots[first]))
-                first += width
-
-    def collect(self, sums: Mapping[Key, Env], some: Sequence[Env]) -> None:
-        """Bring all results of the program to shared memory, where the factors were, and write them."""
-        points = [*sums.values()]
         results = Results(self, points, some)
         addresses = [results.address(point) for point in points]
-        order = sorted(range(len(points)), key=lambda number: addresses[number].const)
         self.shared = max(self.shared, results.bytes)
-        results.begin(0)
-        first = 0
-        with self.members_only():
-            for width in in_words([addresses[number] for number in order], results.size):
-                own = order[first : first + width]
-                values = [self.finished(f"sum[{number}]", points[number]) for number in own]
-                put(self, "keep", f"results + ({self.form(addresses[own[0]])})", values, results.size)
-                first += width
+        results.begin(0)  # where the factors were
+        places = [f"results + ({self.form(address)})" for address in addresses]
+        self.put("keep", points, in_words(addresses, results.size), places, [""] * len(points))
         results.write(self.threads)
 
-    def _touched(self, spot: Spot, width: int, size: int, warp: Sequence[Env]) -> float:
-        """How many times as many sectors a warp's store of a word of such elements touches as it fills."""
+    def put(
+        self,
+        how: str,
+        points: Sequence[Env],
+        words: Sequence[Sequence[int]],
+        places: Sequence[str],
+        tests: Sequence[str],
+    ) -> None:
+        """Put each thread's results, as these words of them, in their places."""
+        size = ITEM_BYTES[self.result.dtype]
+        with self.members_only():
+            for word in words:
+                values = [self.finished(f"sum[{number}]", points[number]) for number in word]
+                put(self, how, places[word[0]], values, size, tests[word[0]])
+
+    def _touched(self, spot: Spot, width: int, warp: Sequence[Env]) -> float:
+        """How many times as many sectors a warp's store of a word of so many results touches as it fills."""
+        size = ITEM_BYTES[self.result.dtype]
         lanes = self.part(spot.address, *warp[0])
         begins = [self.spotter.evaluate(lanes, step) * size for step in warp]
         sectors = {byte // SECTOR for begin in begins for byte in (begin, begin + width * size - 1)}

@@ -15,14 +15,14 @@ from .box import WIDEST
 from .cuda_text import REGISTER
 from .footprint import accumulators_of, distinct, runs_of, tile_of
 from .fragments_cuda import BANKS
-from .lanes_cuda import SCATTERED, SECTOR
+from .lanes_cuda import SCATTERED
 from .model_product import CYCLES
-from .model_staged import Part, part_of
+from .model_staged import Part, bytes_of, part_of, waves_of
 from .model_triton import MOST_PROGRAMS, MOST_WARPS, PROCESSORS
 from .nest import Access, Nest
 from .program_cuda import MOST_ACCUMULATORS, MOST_SHARED, SHARED, Settings
 from .roles import image_and_other
-from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, WARP
+from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, SECTOR, WARP
 
 LAUNCH, ARRIVAL = 3.0e-6, 0.64e-6
 """Seconds of a launch, and until the copies of a program have arrived."""
@@ -39,8 +39,6 @@ ISSUE, ALONE, TRIPS_ALONE = 1.06, 0.64, 0.2
 """What parts of issue slots count where all programs issue, and of slots and trips for one alone."""
 TOGETHER = 2.43
 """Exponent of the norm by which times are combined that hide each other."""
-WHOLE_WAVES = 4
-"""Fewer waves of programs than these end together."""
 OWN, HELD = 40, 60
 """Registers of a thread beside its results, and of elements that are read ahead of their use, at most."""
 
@@ -54,15 +52,19 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
     factors, out = image_and_other(nest), part_of(nest, nest.output, grid)
     parts = [part_of(nest, factor, grid) for factor in factors]
     shared = max(sum(part.room(1) * part.size for part in parts), out.room(1) * out.size)
-    results = accumulators_of(nest, tile_of(nest))
+    tile = tile_of(nest)
+    results = accumulators_of(nest, tile)
     if shared > room or results > MOST_ACCUMULATORS:
         return math.inf
     programs, runs = runs_of(nest, batch)
-    read = [distinct(tile_of(nest), f, nest.tensor(f.tensor), _width(nest, f)) for f in factors]
+    widths = [_width(nest, factor) for factor in factors]
+    read = [distinct(tile, f, nest.tensor(f.tensor), width) for f, width in zip(factors, widths)]
     elements, words = (sum(counts) for counts in zip(*read))
-    slots: float = runs * (tile_of(nest).terms + words + (elements if out.size < REGISTER else 0))
-    trips: float = runs * sum(words * _trips(nest, factor) for factor, (_, words) in zip(factors, read))
-    width, sectors = _width(nest, nest.output), _sectors(nest)
+    slots: float = runs * (tile.terms + words + (elements if out.size < REGISTER else 0))
+    loads = zip(factors, widths, read)
+    trips: float = runs * sum(number * _trips(nest, factor, width) for factor, width, (_, number) in loads)
+    width = _width(nest, nest.output)
+    sectors = _sectors(nest, width)
     stored = results / width
     if sectors * SECTOR > SCATTERED * WARP * width * out.size:
         slots, trips = slots + results * COLLECTED, trips + results * KEPT
@@ -74,18 +76,14 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
     trips += sum(part.copies * (COPIED + COPIED_LINE * _lines(part, part.width)) for part in parts)
     registers = min(MOST_REGISTERS, OWN + results + min(HELD, elements)) * WARP * warps
     resident = min(MOST_PROGRAMS, MOST_WARPS // warps, int(SHARED / (shared + 1024)), REGISTERS // registers)
-    each = programs / PROCESSORS
-    waves = max(1.0, each / max(1, resident))
-    if waves < WHOLE_WAVES:
-        waves = math.ceil(waves)
+    each, waves = programs / PROCESSORS, waves_of(programs, max(1, resident))
     alone = waves * (ARRIVAL + (slots / min(4, warps) * ALONE + trips * TRIPS_ALONE) / CYCLES)
     issued, served = each * slots / 4 * ISSUE / CYCLES, each * trips / CYCLES
-    whole = sum(math.prod(e or batch for e in t.shape) * ITEM_BYTES[t.dtype] for t in nest.tensors)
-    moved = max(whole / BANDWIDTH, programs * sum(map(_bytes, parts)) / L2)
+    moved = max(bytes_of(nest, batch) / BANDWIDTH, programs * sum(map(_copied, parts)) / L2)
     return LAUNCH + math.fsum(s**TOGETHER for s in (alone, issued, served, moved)) ** (1 / TOGETHER)
 
 
-def _bytes(part: Part) -> float:
+def _copied(part: Part) -> float:
     """Bytes that the L2 cache brings, whose pieces are larger than what lies together."""
     return part.elements * part.size * max(1.0, PIECE / (part.together * part.size))
 
@@ -119,10 +117,11 @@ def _width(nest: Nest, access: Access) -> int:
     return 1
 
 
-def _trips(nest: Nest, access: Access) -> float:
-    """Trips to shared memory of a warp that reads a word; lines of a box are taken to lie in other banks."""
+def _trips(nest: Nest, access: Access, width: int) -> float:
+    """Trips to shared memory of a warp that reads a word of so many elements; lines of a box are taken to lie
+    in other banks."""
     size = ITEM_BYTES[nest.tensor(access.tensor).dtype]
-    words = max(1, _width(nest, access) * size // REGISTER)
+    words = max(1, width * size // REGISTER)
     found = [(count, abs(step)) for count, step in _lanes_of(nest, access)]
     if not any(step for _, step in found):
         return 1.0
@@ -131,9 +130,9 @@ def _trips(nest: Nest, access: Access) -> float:
     return words * max(1.0, min(count, WARP // words) / apart)
 
 
-def _sectors(nest: Nest) -> int:
-    """Sectors that a warp's store of a word touches."""
-    size, width = ITEM_BYTES[nest.tensor(nest.output.tensor).dtype], _width(nest, nest.output)
+def _sectors(nest: Nest, width: int) -> int:
+    """Sectors that a warp's store of a word of so many results touches."""
+    size = ITEM_BYTES[nest.tensor(nest.output.tensor).dtype]
     begins = [0]
     for count, step in reversed(_lanes_of(nest, nest.output)):
         begins = [begin + place * step for place in range(count) for begin in begins][:WARP]

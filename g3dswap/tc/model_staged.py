@@ -23,7 +23,7 @@ from .model_triton import MOST_WARPS, PROCESSORS
 from .nest import Access, Index, Nest
 from .program_cuda import BUFFERS, COLS, MOST_SHARED, ROWS, SHARED, Settings, deep_of
 from .roles import Roles, image_and_other, roles_of
-from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, WARP
+from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, SECTOR, WARP
 
 LAUNCH, TOTAL = 4.5e-6, 8e-6
 """Seconds of a launch, and of the second stage of a split reduction."""
@@ -54,8 +54,6 @@ WRITTEN, SINGLES = 4.0, 48.0
 """Trips to the L1 cache for storing a fragment's results: as pairs, and where no two lie together."""
 IN_FLIGHT, LATENCY = 12, 1200.0
 """Where copies are of single elements: how many of a thread are loaded at once, and the cycles of that."""
-SECTOR = 32
-"""Bytes that come from memory together."""
 PADDED = 1.15
 """Of a box's elements, with the padding between its rows."""
 OWN, HOPELESS = 40, 330
@@ -178,15 +176,13 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
     most = min(MOST_REGISTERS, REGISTERS // (WARP * warps))
     threads = min(most, work.registers) * WARP * warps
     resident = max(1, min(MOST_WARPS // warps, int(SHARED / (work.shared + 1024)), REGISTERS // threads))
-    waves = max(1.0, programs / (PROCESSORS * resident))
-    if waves < WHOLE_WAVES:
-        waves = math.ceil(waves)
+    waves = waves_of(programs, resident)
     busy = min(4, work.busy)
     single = max(work.slots / busy, work.products * MATRIX * 4 / busy, work.trips, work.chain * CHAIN)
     alone = waves * (work.arrivals * ARRIVAL + (single + work.waits * LATENCY) / CYCLES)
     each = max(work.slots / 4, work.products * MATRIX, work.trips)
     together = programs / PROCESSORS * each / CYCLES
-    memory = max(_bytes(nest, batch) / BANDWIDTH, programs * work.copied / L2)
+    memory = max(bytes_of(nest, batch) / BANDWIDTH, programs * work.copied / L2)
     *_, second, first = sorted((alone, together, memory))
     spilled = max(1.0, work.registers / most) ** 2
     launches = LAUNCH + (TOTAL if partials_of(nest, batch) > 1 else 0.0)
@@ -194,7 +190,13 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
     return scale * (launches + spilled * (first + OVERLAP * second)) + programs * work.pieces * PIECE
 
 
-def _bytes(nest: Nest, batch: int) -> float:
+def waves_of(programs: int, resident: int) -> float:
+    """How often all multiprocessors have so many programs each; the last of a few takes as long as any."""
+    waves = max(1.0, programs / (PROCESSORS * resident))
+    return math.ceil(waves) if waves < WHOLE_WAVES else waves
+
+
+def bytes_of(nest: Nest, batch: int) -> float:
     """Of all tensors, and of partial results, which are written and read."""
     whole = sum(math.prod(e or batch for e in t.shape) * ITEM_BYTES[t.dtype] for t in nest.tensors)
     shape = nest.tensor(nest.output.tensor).shape[len(nest.replicas) :]

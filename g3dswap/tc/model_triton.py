@@ -27,7 +27,7 @@ from .footprint import (
 from .nest import Access, Nest
 from .space_cpp import SIDE
 from .triton_text import parts
-from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS
+from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, SECTOR
 
 BANDWIDTH = 2.6e12
 """Bytes a second of the device memory, in practice."""
@@ -36,7 +36,6 @@ PROCESSORS = 132
 CYCLES = 1.9e9
 MOST_WARPS = 64  # of a multiprocessor
 MOST_PROGRAMS = 32
-SECTOR = 32  # bytes
 
 ISSUES = 4 * 0.67
 """Instructions that a multiprocessor issues in a cycle, at best and in practice."""

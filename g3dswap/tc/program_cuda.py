@@ -144,9 +144,6 @@ class Program(CudaText):
         """How threads wait for each other: those of a team of so many, or, for 0, of the program."""
         return f"meet<{members}>(team);" if members else MEET
 
-    def emit_if(self, test: str, statement: str) -> None:
-        self.emit(f"if ({test}) {statement}" if test else statement)
-
     def take(self, size: int) -> int:
         """Where so many bytes of shared memory begin."""
         start = self.shared

@@ -48,7 +48,8 @@ class Results:
 def put(text: CudaText, how: str, there: str, values: Sequence[str], size: int, test: str = "") -> None:
     """Put results of so many bytes there as one word; how: by `write` to memory, `keep` to shared memory."""
     if len(values) * size < REGISTER:
-        return text.emit(f"{f'if ({test}) ' if test else ''}narrow({there}, {values[0]});")
+        text.emit_if(test, f"narrow({there}, {values[0]});")
+        return
     with text.block(f"if ({test})" if test else ""):
         text.emit(f"const float some[] = {{{', '.join(values)}}};")
         text.emit(
@@ -56,18 +57,22 @@ def put(text: CudaText, how: str, there: str, values: Sequence[str], size: int, 
         )
 
 
-def in_words(addresses: Sequence[Linear], size: int, tests: Sequence[str] | None = None) -> list[int]:
-    """How many elements of so many bytes each word has that elements at rising addresses are put as.
+def in_words(addresses: Sequence[Linear], size: int, tests: Sequence[str] | None = None) -> list[list[int]]:
+    """Which elements, by number, make each word, of elements of so many bytes at these addresses.
 
     tests: what elements of a word have in common.
     """
-    found: list[int] = []
+    order = sorted(range(len(addresses)), key=lambda number: addresses[number].const)
     steps = [factor for _, factor in addresses[0].terms]
-    while (first := sum(found)) < len(addresses):
-        begin, width = addresses[first], math.gcd(WIDEST // size, addresses[first].const, *steps)
-        while [*addresses[first : first + width]] != [begin + i for i in range(width)] or (
-            tests and len({*tests[first : first + width]}) > 1
-        ):
+    found: list[list[int]] = []
+    while order:
+        begin, width = addresses[order[0]], math.gcd(WIDEST // size, addresses[order[0]].const, *steps)
+        while True:
+            word = order[:width]
+            together = [addresses[number] for number in word] == [begin + i for i in range(width)]
+            if together and (tests is None or len({tests[number] for number in word}) == 1):
+                break
             width //= 2
-        found.append(width)
+        found.append(word)
+        order = order[width:]
     return found

@@ -43,6 +43,24 @@ def batches(nest: Nest) -> list[str]:
     return [axis.name for axis in nest.axes if axis.name in shared and (axis.extent or 1) > 1][:1]
 
 
+def nearest(nest: Nest) -> frozenset[str]:
+    """The axes along which elements of the image lie side by side."""
+    image, _ = image_and_other(nest)
+    tensor = nest.tensor(image.tensor)
+    dims = zip(image.indices, tensor.strides, tensor.shape)
+    return next((i.axes for i, stride, extent in dims if stride == 1 and extent != 1), frozenset())
+
+
+def by_step(nest: Nest, access: Access, axes: Iterable[str]) -> list[str]:
+    """Axes by how far apart their steps lie in the tensor of an access, the nearest last."""
+    strides = nest.tensor(access.tensor).strides
+
+    def step(axis: str) -> int:
+        return min(abs(i.coefficient(axis)) * s for i, s in zip(access.indices, strides) if axis in i.axes)
+
+    return sorted(axes, key=step, reverse=True)
+
+
 def nearest_last(nest: Nest, names: Iterable[str]) -> list[str]:
     """Axes, flattened ones among them, by how far apart their steps lie in the image, else in the result.
 

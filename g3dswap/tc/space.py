@@ -251,7 +251,7 @@ class Space:
             return space.mutate(self.nest, Product.of(schedule), rng, self.batch).schedule(self.nest)
         if is_cuda(schedule):
             lanes = space_lanes.Point.of(schedule, self.nest)
-            return space_lanes.mutate(self.nest, lanes, rng, self.batch).schedule(self.nest)
+            return space_lanes.mutate(self.nest, lanes, rng).schedule(self.nest)
         point = space_triton.Point.of(schedule)
         return space_triton.mutate(self.nest, point, rng, self.batch).schedule(self.nest)
 

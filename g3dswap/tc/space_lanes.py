@@ -18,7 +18,7 @@ from functools import partial
 from .footprint import LINE
 from .nest import Nest
 from .program_cuda import MOST_SHARED
-from .roles import Roles, batches, image_and_other, roles_of, sides
+from .roles import Roles, batches, by_step, image_and_other, nearest, roles_of, sides
 from .schedule import Digit, Schedule
 from .space_cpp import phases
 from .space_triton import BATCH, Tile
@@ -84,17 +84,11 @@ def families(
 ) -> Iterator[tuple[list[Point], Callable[[Container[Tile]], Iterator[Point]]]]:
     """Every tile with one choice of lanes, and some tiles with all."""
     if is_possible(nest):
-        found, groups = tiles(nest), GROUPS if _are_groups_nearest(nest) else GROUPS[:1]
+        # Where neighbours in memory are single channels of other groups, no program has one alone.
+        near = nearest(nest)
+        found, groups = tiles(nest), GROUPS if near and near <= {*batches(nest)} else GROUPS[:1]
         first = [point for tile in found for point in lanes(nest, tile, TYPICAL, groups)[:1]]
         yield first, partial(_of_tiles, nest, found)
-
-
-def _are_groups_nearest(nest: Nest) -> bool:
-    """Whether neighbours in memory are single channels of other groups."""
-    image, _ = image_and_other(nest)
-    tensor, axes = nest.tensor(image.tensor), {*batches(nest)}
-    dims = zip(tensor.strides, tensor.shape, image.indices)
-    return any(stride == 1 and extent != 1 and index.axes <= axes for stride, extent, index in dims)
 
 
 def _of_tiles(nest: Nest, found: Iterable[Tile], wanted: Container[Tile]) -> Iterator[Point]:
@@ -209,18 +203,11 @@ def _read(
 
 def _ordered(nest: Nest, counts: Iterable[tuple[str, int]]) -> Tile:
     """Lanes in the order of what they write, the nearest last; those of one step left out."""
-    output = nest.output
-    strides = nest.tensor(output.tensor).strides
-
-    def step(lane: tuple[str, int]) -> int:
-        return min(
-            s * abs(i.coefficient(lane[0])) for i, s in zip(output.indices, strides) if lane[0] in i.axes
-        )
-
-    return tuple(sorted((lane for lane in counts if lane[1] > 1), key=step, reverse=True))
+    own = {axis: count for axis, count in counts if count > 1}
+    return tuple((axis, own[axis]) for axis in by_step(nest, nest.output, own))
 
 
-def mutate(nest: Nest, point: Point, rng: random.Random, batch: int = BATCH) -> Point:
+def mutate(nest: Nest, point: Point, rng: random.Random) -> Point:
     """A point with other lanes for the same tile, or with a tile that differs in a count."""
     if rng.random() < 0.5:
         return replace(point, lanes=rng.choice(lanes(nest, point.tile) or [point]).lanes)

@@ -22,7 +22,7 @@ from .box import WIDEST
 from .nest import ENOUGH, Access, Nest
 from .product import Packs, Product, Side, Skews, of_tiles, splits
 from .program_cuda import COLS, MOST_ACCUMULATORS, ROWS, deep_of
-from .roles import Roles, added, batches, image_and_other, possible, roles_of, sides
+from .roles import Roles, added, batches, by_step, image_and_other, nearest, possible, roles_of, sides
 from .schedule import apply, fused_name, rewritten
 from .skew import Skew, patch_name, shifted_by
 from .source import source
@@ -118,14 +118,6 @@ def _steps(nest: Nest, axes: Sequence[str]) -> int:
     return math.prod(nest.extent(axis) or 1 for axis in axes)
 
 
-def _nearest(nest: Nest) -> frozenset[str]:
-    """The axes along which elements of the image lie side by side."""
-    image, _ = image_and_other(nest)
-    tensor = nest.tensor(image.tensor)
-    dims = zip(image.indices, tensor.strides, tensor.shape)
-    return next((i.axes for i, stride, extent in dims if stride == 1 and extent != 1), frozenset())
-
-
 def _skewings(nest: Nest, roles: Roles, channels: int, filters: int) -> Iterator[Skews]:
     """Blocks of the last one or two positions; of equally deep patches, those that begin at wide words."""
     shifted = ((axis, shifted_by(nest, axis)) for axis in roles.positions)
@@ -157,7 +149,7 @@ def _rank(nest: Nest, form: Form) -> float:
     except ScheduleError:
         return math.inf
     roles = roles_of(whole)
-    near, positions = _nearest(whole), {*roles.positions}
+    near, positions = nearest(whole), {*roles.positions}
     together = near & {*positions, *roles.channels} or _apart(whole)
     if not all((roles.image, roles.other, roles.depth, together)):
         return math.inf
@@ -193,7 +185,7 @@ def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) 
     taps = tuple((a, nest.extent(a) or 1) for a in sides(nest) if (nest.extent(a) or 1) > 1)
     unrolled = [taps] if roles.along else [taps[start:] for start in range(min(3, len(taps) + 1))]
     workers = _workers(nest, form)
-    turned = not _nearest(nest).isdisjoint(roles.positions)  # channels have to be gathered
+    turned = not nearest(nest).isdisjoint(roles.positions)  # channels have to be gathered
     for place, outside in _places(nest, roles, thorough):
         blocks = tuple((a, p) for a, p in phases(nest).items() if a in place[0])
         sharing = _sharing(-(-place[1] // ROWS), thorough)
@@ -244,7 +236,7 @@ def _steps_outside(nest: Nest, batch: int, sides: Sequence[Side], tile: Tile) ->
 def _workers(nest: Nest, form: Form) -> list[tuple[Tile, Tile]]:
     """Groups of a program: one after another, or each with a warp of its own."""
     apart: list[tuple[Tile, Tile]] = [((), (step,)) for step in _apart(nest)]
-    if apart and _nearest(nest) <= {*batches(nest)}:
+    if apart and nearest(nest) <= {*batches(nest)}:
         return apart
     return apart + [(group, ()) for group in _groups(nest, form)]
 
@@ -267,14 +259,8 @@ def _teams(sharing: Sequence[int], looped: bool, thorough: bool) -> list[tuple[i
 
 def _by_step(nest: Nest, access: Access, axes: Sequence[str]) -> tuple[str, ...]:
     """Axes of more than one step, those last that are the nearest in memory."""
-    strides = nest.tensor(access.tensor).strides
-
-    def step(axis: str) -> int:
-        return min(abs(i.coefficient(axis)) * s for i, s in zip(access.indices, strides) if axis in i.axes)
-
-    return tuple(sorted((a for a in axes if (nest.extent(a) or 1) > 1), key=step, reverse=True)) or tuple(
-        axes[-1:]
-    )
+    found = by_step(nest, access, (a for a in axes if (nest.extent(a) or 1) > 1))
+    return tuple(found) or tuple(axes[-1:])
 
 
 def _places(nest: Nest, roles: Roles, thorough: bool) -> Iterator[tuple[Side, str | None]]:
@@ -330,7 +316,7 @@ def _groups(nest: Nest, form: Form) -> list[Tile]:
     if form[0] or not roles_of(nest).along:
         return found
     image, _ = image_and_other(nest)
-    together = _steps(nest, [*_nearest(nest)]) * ITEM_BYTES[nest.tensor(image.tensor).dtype]
+    together = _steps(nest, [*nearest(nest)]) * ITEM_BYTES[nest.tensor(image.tensor).dtype]
     for axis in _following(nest):
         whole = (count for count in (2, 4) if (nest.extent(axis) or 1) % count == 0)
         found += [((axis, count),) for count in whole if together * count <= 2 * WIDEST]

@@ -36,7 +36,7 @@ def conflicts(moves: Moves, size: int, width: int, box: Box) -> int:
 
 
 class Values:
-    """box: what is copied.  width: elements of a word, at most."""
+    """box: what is copied."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Values:
             copies = math.prod(dim.span for dim in made.dims) / made.width / threads
             cost = copies * COPIED + len({*words.values()}) * runs * (1 + again)
             if cost < best:
-                best, self.box, self.width, self.begins = cost, made, width, Linear(0, first.terms)
+                best, self.box, self.begins = cost, made, Linear(0, first.terms)
                 self.places = {_key(point): places[step] for point, step in zip(points, steps)}
                 self.words = words
         self.loaded: set[int] = set()

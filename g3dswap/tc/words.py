@@ -19,6 +19,8 @@ WORD_BYTES = 8
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 WARP = 32
 """Threads of a GPU that run together."""
+SECTOR = 32
+"""Bytes that come from a GPU's memory, and go there, together."""
 REGISTERS, MOST_REGISTERS = 1 << 16, 255
 """Registers of 32 bits of a multiprocessor and of a thread, on NVIDIA's GPUs of the last ten years."""
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from g3dswap.choice import problem_from_json
+from g3dswap.comprehensions import nest as nest_of
+from g3dswap.tc.nest import Nest
 from g3dswap.tc.product import Product
-from g3dswap.tc.schedule import Schedule
+from g3dswap.tc.program_cuda import Settings
+from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space import Space
 from g3dswap.tc.space_lanes import Point
 
@@ -28,6 +32,18 @@ def walk(space: Space, start: Schedule, rng: random.Random, stays: Callable[[Sch
         assert stays(schedule) and space.cost(schedule) < math.inf
         seen.add(schedule)
     assert len(seen) > 10
+
+
+def measured(
+    layer: Mapping[str, Any], cost: Callable[[Nest, Settings, int], float]
+) -> list[tuple[float, float]]:
+    """Of each schedule of a layer that was measured, a model's seconds and the device's microseconds."""
+    nest = nest_of(problem_from_json(layer["problem"]))
+    schedules = ((Schedule.from_json(text), microseconds) for text, microseconds in layer["kernels"])
+    return [
+        (cost(apply(nest, schedule), Settings.of(schedule), layer["batch"]), microseconds)
+        for schedule, microseconds in schedules
+    ]
 
 
 def judged(layers: Iterable[Sequence[tuple[float, float]]]) -> tuple[int, float, float, float]:

@@ -7,22 +7,18 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from g3dswap.choice import problem_from_json
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc import compile_cuda, model_staged, space
 from g3dswap.tc.print_cuda import is_cuda
-from g3dswap.tc.program_cuda import Settings
 from g3dswap.tc.roles import nearest_last
-from g3dswap.tc.schedule import Schedule, apply
 from g3dswap.tc.space import Space
 from g3dswap.tc.space_staged import FORMS, families, forms
-from tests.tc.spaces import every, judged, walk
+from tests.tc.spaces import every, judged, measured, walk
 from tests.tc.test_print_cuda import GEOMETRIES, PASSES, problem_of
 
 MEASURED = json.loads(Path(__file__).with_name("measured_staged.json").read_text(encoding="utf-8"))
@@ -116,20 +112,9 @@ def test_the_grid_runs_along_what_is_near_in_memory() -> None:
         assert nearest_last(nest, ("h*w", "g", "n", "t")) == order
 
 
-def measured(layer: dict[str, Any]) -> list[tuple[float, float]]:
-    """Of each schedule of a layer that was measured, the model's seconds and the device's microseconds."""
-    nest = nest_of(problem_from_json(layer["problem"]))
-    found = []
-    for text, microseconds in layer["kernels"]:
-        schedule = Schedule.from_json(text)
-        seconds = model_staged.cost(apply(nest, schedule), Settings.of(schedule), layer["batch"])
-        found.append((seconds, microseconds))
-    return found
-
-
 def test_the_model_finds_the_fast_kernels_of_a_gpu() -> None:
     """Among its first four of 14 is one of the fastest, and it knows how long the fast ones take."""
-    layers, first, four, ratio = judged(map(measured, MEASURED["layers"]))
+    layers, first, four, ratio = judged(measured(layer, model_staged.cost) for layer in MEASURED["layers"])
     assert layers > 20
     assert first < 1.25
     assert four < 1.1
