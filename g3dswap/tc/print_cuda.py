@@ -70,7 +70,8 @@ def print_cuda(nest: Nest, settings: Settings) -> str:
 
 def _program(nest: Nest, settings: Settings) -> Program:
     """What a program of this nest is: of lanes, or of a product whose rows or whose depth are positions."""
-    if any(p.bind == "lanes" for p in nest.loops):
+    binds = {p.bind for p in nest.loops}
+    if "lanes" in binds and binds.isdisjoint((*SIDE_BINDS, "warps")):
         return LanesProgram(nest, settings)
     _check(nest, settings.warps)
     return (DepthProgram if _sums_positions(nest) else RowsProgram)(nest, settings)

@@ -184,6 +184,17 @@ def test_lanes_of_a_sum_are_refused() -> None:
         emulated(nest, replace(schedule, digits=moved))
 
 
+@pytest.mark.parametrize("bind", ["rows", "warps"])
+def test_lanes_beside_a_product_are_refused(bind: str) -> None:
+    _, nest = forward_of("depthwise 3x3x3")
+    schedule = Point((("h", 7), ("w", 7)), (("kt", 3), ("kh", 3), ("kw", 3))).schedule(nest)
+    digits = tuple(
+        replace(d, bind=bind) if (d.axis, d.bind) == ("h", "lanes") else d for d in schedule.digits
+    )
+    with pytest.raises(ScheduleError, match="has one loop each of rows, cols and depth"):
+        emulated(nest, replace(schedule, digits=digits))
+
+
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_what_is_proposed_is_legal(name: str) -> None:
     """Each fits, runs on few idle threads, and is estimated; a thread has no more than its registers hold."""
