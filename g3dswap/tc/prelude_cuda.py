@@ -13,9 +13,6 @@ typedef unsigned int u32;
 typedef long long i64;
 
 static __device__ __forceinline__ void narrow(float* p, float x) { *p = x; }
-static __device__ __forceinline__ void narrow2(float* p, float x, float y) {
-  *reinterpret_cast<float2*>(p) = make_float2(x, y);
-}
 static __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Copies so many bytes, or as many zeros, for which nothing is read; they are there behind `arrived`.
@@ -63,6 +60,10 @@ static __device__ __forceinline__ void write(void* to, const u32 (&from)[2]) {
 static __device__ __forceinline__ void write(void* to, const u32 (&from)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::
                "l"(to), "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3]) : "memory");
+}
+static __device__ __forceinline__ void narrow2(float* p, float x, float y) {
+  const u32 both[2] = {__float_as_uint(x), __float_as_uint(y)};
+  write(p, both);
 }
 static __device__ __forceinline__ void keep(void* to, const u32 (&from)[1]) {
   asm volatile("st.shared.b32 [%0], %1;" :: "r"(address(to)), "r"(from[0]) : "memory");
