@@ -158,9 +158,9 @@ class Program(CudaText):
         return [dict(zip((f"v{i}" for i in self.unrolled), step)) for step in itertools.product(*counts)]
 
     def terms(self) -> list[Env]:
-        """The points at which both factors have elements."""
+        """The points at which both factors may have elements."""
         factors = self.image, self.other
-        return [p for p in self.points() if all(self.spotter.indices(f, p) is not None for f in factors)]
+        return [p for p in self.points() if all(self.spotter.spot(f, p) is not None for f in factors)]
 
     def key(self, point: Env) -> Key:
         """Which sum a point of the unrolled loops adds to."""
