@@ -46,6 +46,8 @@ PLACES = 24, 784
 APART = 1.6
 """How many times as many positions the next choice has, where not all are compared."""
 WINDOWS = (1, 2, 4, 8)
+STRIPS = (2, 4)
+"""Positions of a block, where the depth runs along blocks of them."""
 WALKS = (2, 3, 4, 6, 8)
 """Steps of a walk: parts of the image that a program copies, each while it multiplies the one before."""
 MOST_WARPS, FEW_WARPS = 8, (8, 4, 2)
@@ -186,14 +188,14 @@ def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) 
     unrolled = [taps] if roles.along else [taps[start:] for start in range(min(3, len(taps) + 1))]
     workers = _workers(nest, form)
     turned = not nearest(nest).isdisjoint(roles.positions)  # channels have to be gathered
-    for place, outside in _places(nest, roles, thorough):
-        blocks = tuple((a, p) for a, p in phases(nest).items() if a in place[0])
+    for place, outside, block in _places(nest, roles, thorough):
+        blocks = tuple((a, p) for a, p in phases(nest).items() if a in place[0]) + block
         sharing = _sharing(-(-place[1] // ROWS), thorough)
         choices = itertools.product(unrolled, _windows(nest, outside), heights, shares, workers)
         for own, window, height, share, (group, apart) in choices:
             rows, depth = (place, height) if roles.along else (height, place)
             tile = (*own, *window, *group, *blocks)
-            if not _is_small(nest, tile, rows, share, depth, roles.along):
+            if not _is_shared(nest, block, own) or not _is_small(nest, tile, rows, share, depth, roles.along):
                 continue
             three = rows, share, depth
             steps = _steps_outside(nest, batch, three, (*tile, *apart)) if roles.along or turned else {}
@@ -263,22 +265,41 @@ def _by_step(nest: Nest, access: Access, axes: Sequence[str]) -> tuple[str, ...]
     return tuple(found) or tuple(axes[-1:])
 
 
-def _places(nest: Nest, roles: Roles, thorough: bool) -> Iterator[tuple[Side, str | None]]:
-    """Whole lines of the last one, two or three positions, and the position outside that has windows."""
+def _places(nest: Nest, roles: Roles, thorough: bool) -> Iterator[tuple[Side, str | None, Tile]]:
+    """Whole lines of the last one, two or three positions, the position outside that has windows, and the
+    block of positions that each step of the depth has."""
     shifted, split = added(image_and_other(nest)[0]), phases(nest)
     long = [a for a in roles.positions if (nest.extent(a) or 1) > 1] or list(roles.positions[-1:])
     for start in range(len(long)):
         axes = tuple(long[start:])
-        first, *inner = (-(-(nest.extent(a) or 1) // split.get(a, 1)) for a in axes)
         outside = next((a for a in reversed(long[:start]) if a in shifted), None)
-        last = 0
-        for lines in range(1, first + 1):
-            count = lines * math.prod(inner)
-            small = count < PLACES[0] and lines < first
-            near = not thorough and count < APART * last
-            if (first % lines == 0 or lines in LINES) and not small and not near and count <= PLACES[1]:
-                last = count
-                yield (axes, count), outside
+        for block in [()] if roles.along else _blocks(nest, axes):
+            parts = {**split, **dict(block)}
+            first, *inner = (-(-(nest.extent(a) or 1) // parts.get(a, 1)) for a in axes)
+            last = 0
+            for lines in range(1, first + 1):
+                count = lines * math.prod(inner)
+                small = count < PLACES[0] and lines < first
+                near = not thorough and count < APART * last
+                if (first % lines == 0 or lines in LINES) and not small and not near and count <= PLACES[1]:
+                    last = count
+                    yield (axes, count), outside, block
+
+
+def _blocks(nest: Nest, axes: Sequence[str]) -> list[Tile]:
+    """Of a depth along these axes: none, or blocks of one that is read at shifted positions."""
+    shifted = added(image_and_other(nest)[0])
+    found: list[Tile] = [()]
+    for axis in axes:
+        if axis in shifted:
+            found += [((axis, count),) for count in STRIPS if 2 * count <= (nest.extent(axis) or 1)]
+    return found
+
+
+def _is_shared(nest: Nest, block: Tile, taps: Tile) -> bool:
+    """Whether what a block reads is shared by unrolled taps."""
+    found = (shifted_by(nest, axis) for axis, _ in block)
+    return all(own is not None and own[1] in dict(taps) for own in found)
 
 
 def _windows(nest: Nest, axis: str | None) -> list[Tile]:

@@ -151,6 +151,35 @@ def test_the_next_part_is_on_its_way_while_one_is_multiplied() -> None:
     assert "fetch(round + 1)" in kernel.source and "round % 2" in kernel.source
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("depthwise 5x5x5", "contiguous"),
+        ("four channels a group", "contiguous"),
+        ("four channels a group", "channels_last_3d"),
+        ("many single channels", "channels_last_3d"),
+    ],
+)
+def test_where_a_depth_has_blocks_taps_share_what_they_read(name: str, layout: str) -> None:
+    problem = problem_of("grad_weight", GEOMETRIES[name], layout)
+    found = [p for p in products(nest_of(problem)) if {axis for axis, _ in p.tile} & {*p.depth[0]}]
+    random.Random(name).shuffle(found)
+
+    def loads(product: Product) -> float | None:
+        """Of the image, for each product of fragments."""
+        kernel = checked(Case(problem, 2, 5), [product])
+        body = kernel.source.split("kernel(")[1] if kernel else ""
+        return body.count("transposed(a, ") / body.count("multiply(") if kernel else None
+
+    for block in found:
+        plain = replace(block, tile=tuple(t for t in block.tile if t[0] not in block.depth[0]))
+        shared, alone = loads(block), loads(plain)
+        if shared and alone:
+            assert shared < alone
+            return
+    raise AssertionError("none of them prints.")
+
+
 WALKED = {
     "single": Geometry(3, 3, 3, (5, 8, 12), (3, 3, 3), padding=(1, 1, 1)),
     "several": Geometry(16, 16, 4, (5, 8, 8), (3, 3, 3), padding=(1, 1, 1)),
