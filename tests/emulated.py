@@ -186,6 +186,12 @@ template <int WIDTH, class T> static void gather(T* to, const T* from, int strid
     to[i] = settled(from[i * stride]);
   }
 }
+static u32 __byte_perm(u32 low, u32 high, u32 chosen) {
+  const unsigned long long both = low | (unsigned long long)high << 32;
+  u32 found = 0;
+  for (int i = 0; i < 4; ++i) found |= u32(both >> (chosen >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return found;
+}
 static u32 word(u32 at) {
   inside(memory + at, 4);
   aligned(memory + at, 4);
@@ -247,6 +253,10 @@ static void multiply(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
       sum[i] += element(left, k) * element(right, k);
     }
   wait_at(AT_WARP);
+}
+static void multiply_half(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  const u32 left[4] = {a[0], a[1]}, right[2] = {b[0]};
+  multiply(sum, left, right);
 }
 """
 

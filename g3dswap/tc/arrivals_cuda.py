@@ -109,6 +109,25 @@ class SlabArrival(Arrival):
             write_loops(text, [*runs, along], threads, thread, gather)
 
 
+class LyingArrival(Arrival):
+    """A box with dimensions that lie as they do in the tensor, beside which lanes read.
+
+    reach: from which element of it to which one they do.
+    """
+
+    def __init__(self, text: CudaText, box: Box, reach: tuple[int, int]) -> None:
+        super().__init__(text, box)
+        whole = WIDEST // text.item
+        self.before = -(min(0, reach[0]) // whole) * whole * text.item
+        self.fetched = self.before + max(box.size, reach[1]) * text.item
+
+    def begin(self, fetched: str, placed: str) -> str:
+        return f"{fetched} + {self.before}"
+
+    def fetch(self, to: str, threads: int, thread: str) -> None:
+        super().fetch(self.begin(to, ""), threads, thread)
+
+
 def arrivals_of(text: CudaText, boxes: Sequence[Box], whole: bool) -> list[Arrival]:
     """How each box arrives.
 

@@ -199,6 +199,49 @@ def pitched(box: Box, pads: Sequence[int], unit: int) -> Box:
     return replace(box, dims=tuple(dims))
 
 
+def lying(box: Box, conflicts: Callable[[Box], int]) -> tuple[Box, tuple[int, ...]] | None:
+    """The box with as many dimensions as they lie in the tensor as its words are the widest for, and those.
+
+    They are the innermost ones, and all of the tensor's; the zeros around are left out.  The others have
+    those pads that conflict least.  None: there are none.
+    """
+    found: list[tuple[int, int, tuple[int, ...]]] = []
+    own: list[int] = []
+    size = 1
+    for d in sorted(range(len(box.dims)), key=lambda d: (box.dims[d].stride, box.dims[d].extent != 1)):
+        dim, low = box.dims[d], box.dims[d].base.const
+        covered = dim.extent is not None and not dim.base.terms and low <= 0 and low + dim.span >= dim.extent
+        if not covered or not dim.extent or (dim.extent != 1 and dim.stride != size):
+            break
+        own.append(d)
+        size *= dim.extent
+        others = (
+            box.dims[e].stride for e in range(len(box.dims)) if e not in own and box.dims[e].extent != 1
+        )
+        found.append((math.gcd(box.widest, size, *others), len(own), tuple(own)))
+    if size == 1:
+        return None
+    _, _, chosen = max(found)
+    made = [_as_it_lies(box, chosen, pad) for pad in range(PADS)]
+    return min(made, key=lambda each: (conflicts(each), each.size)), chosen
+
+
+def _as_it_lies(box: Box, own: Sequence[int], pad: int) -> Box:
+    """The box with these dimensions as they lie, and so many wide words between the steps of the next one."""
+    dims = list(box.dims)
+    for d in own:
+        extent = dims[d].extent or 1
+        dims[d] = replace(dims[d], base=Linear(), span=extent, pitch=dims[d].stride)
+    pitch = math.prod(dims[d].span for d in own)
+    order = sorted((d for d in range(len(dims)) if dims[d].span > 1), key=lambda d: dims[d].stride)
+    for d in order:
+        if d not in own:
+            pitch = (-(-pitch // box.widest) + pad) * box.widest
+            dims[d] = replace(dims[d], pitch=pitch)
+            pitch, pad = pitch * dims[d].span, 0
+    return replace(box, dims=tuple(dims), order=tuple(reversed(order)), width=1, turned=1)
+
+
 def without_conflicts(box: Box, unit: int, conflicts: Callable[[Box], int]) -> Box:
     """The box with those pads of its two innermost pitches that conflict least and take the least room."""
     levels = len(box.order) - 1

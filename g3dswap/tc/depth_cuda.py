@@ -10,12 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import ScheduleError
-from .arrivals_cuda import arrivals_of
-from .box import box_of
+from .arrivals_cuda import Arrival, arrivals_of
+from .box import Box, box_of
 from .cuda_text import MEET
-from .fragments_cuda import DepthFragments
+from .fragments_cuda import At, DepthFragments, TurnedFragments
+from .lines_cuda import LineFragments, LineLoads
 from .loads_cuda import DepthLoads, TurnedLoads, WordLoads
 from .nest import Access, Nest
 from .place import Env
@@ -37,6 +39,11 @@ class DepthProgram(Program):
         self.buffers, self.teams = settings.buffers, teams
         self.members = self.threads // teams
         self.sums = math.prod(nest.loops[i].count or 1 for i in self.parallel)
+        if settings.lines and self.pair == 1:
+            raise ScheduleError("lines of positions are read as pairs of a half type.")
+        self.loads: type[DepthLoads[Any]] = TurnedLoads if self.pair > 1 else WordLoads
+        if settings.lines:
+            self.loads = LineLoads
 
     def write(self) -> None:
         lengths = self.nest.lengths
@@ -46,8 +53,7 @@ class DepthProgram(Program):
         points = self.terms()
         each = self.rows * self.cols
         self.check_size(self.sums * each * 4, len(points) * each)
-        factors = self.fragments(self.image, "rows", points), self.fragments(self.other, "cols", points)
-        parts = arrivals_of(self, [factor.box for factor in factors], self.settings.whole)
+        factors, parts = self.factors(points)
         before = self.shared
         starts = [self.take(part.fetched) - before for part in parts]
         size = self.shared - before
@@ -69,7 +75,8 @@ class DepthProgram(Program):
         ]
         for factor, part in zip(factors, parts):
             factor.is_rounded = part.settles
-        loads = (TurnedLoads if self.pair > 1 else WordLoads)(self, *factors, begins)
+        image, other = factors
+        loads = self.loads(self, image, other, begins)
         for part, place in zip(parts, places):
             part.clear(f"memory + {own} + {place}", self.members, self.member)
         self.emit(f"float sum[{self.sums}][{self.rows}][{self.cols}][4] = {{}};")
@@ -109,12 +116,28 @@ class DepthProgram(Program):
             return super().shares(name, count)
         return f"for (int {name} = member / {WARP}; {name} < {count}; {name} += {self.warps // self.teams})"
 
-    def fragments(self, access: Access, side: str, points: Sequence[Env]) -> DepthFragments:
-        variable, level = self.sides[side], self.nest.tile_start
-        box = box_of(self, access, points, level, lambda symbol: variable in self.variables(symbol))
-        return DepthFragments(self, box, access, side, points)
+    def factors(self, points: Sequence[Env]) -> tuple[list[DepthFragments], list[Arrival]]:
+        """The fragments of both factors, and how what they are read from arrives."""
+        both = (self.image, "rows"), (self.other, "cols")
+        whole = self.settings.whole
+        if self.settings.lines:
+            lines = [
+                LineFragments(self, access, side, points, self.box(access, "depth", points), whole)
+                for access, side in both
+            ]
+            return [*lines], [factor.arrival for factor in lines]
+        found = [
+            TurnedFragments(self, self.box(access, side, points), access, side, points)
+            for access, side in both
+        ]
+        return [*found], arrivals_of(self, [factor.box for factor in found], whole)
 
-    def multiply(self, loads: DepthLoads, points: Sequence[Env]) -> None:
+    def box(self, access: Access, along: str, points: Sequence[Env]) -> Box:
+        """What a program reads of a factor at a time; elements along a side lie together."""
+        variable, level = self.sides[along], self.nest.tile_start
+        return box_of(self, access, points, level, lambda symbol: variable in self.variables(symbol))
+
+    def multiply(self, loads: DepthLoads[Any], points: Sequence[Env]) -> None:
         """The products of each piece of the depth: each fragment of the image, and all that uses it."""
         image, other = loads.image, loads.other
         deep = self.nest.lengths["depth"]
@@ -125,7 +148,7 @@ class DepthProgram(Program):
             )
         }
         others = {at: n for n, at in enumerate(dict.fromkeys(other.at(point) for point in points))}
-        uses: dict[int, list[tuple[int, int]]] = {}
+        uses: dict[At, list[tuple[int, int]]] = {}
         for point in points:
             uses.setdefault(image.at(point), []).append((numbers[self.key(point)], others[other.at(point)]))
         self.emit("#pragma unroll 1")
@@ -139,4 +162,6 @@ class DepthProgram(Program):
                     loads.load_image(row, at)
                     for number, fragment in uses[at]:
                         for col in range(self.cols):
-                            self.emit(f"multiply(sum[{number}][{row}][{col}], a, b[{fragment}][{col}]);")
+                            self.emit(
+                                f"{loads.product}(sum[{number}][{row}][{col}], a, b[{fragment}][{col}]);"
+                            )

@@ -22,6 +22,8 @@ EIGHT = 8
 """Elements of a line that a fragment whose depth is positions has together."""
 SAMPLE = 64
 """Lines of a side by which the conflicts of a box are counted."""
+At = tuple[int, int]
+"""What of a factor a point reads: how far it is from the first element, in bytes, and under which guards."""
 
 
 def asked_again(lines: Sequence[int], words: Sequence[int]) -> int:
@@ -35,7 +37,7 @@ def asked_again(lines: Sequence[int], words: Sequence[int]) -> int:
     return found
 
 
-def _conflicts(
+def conflicts_of(
     program: Program, values: Sequence[Linear], side: str, together: int = 0
 ) -> Callable[[Box], int]:
     """How often a bank is asked again by loads of the first lines along a side, of a box of these indices.
@@ -57,7 +59,12 @@ def _conflicts(
 
 
 def _address_of(
-    program: Program, box: Box, access: Access, points: Sequence[Env], sides: tuple[str, str], unit: int
+    program: Program,
+    box: Box,
+    access: Access,
+    points: Sequence[Env],
+    sides: tuple[str, str],
+    unit: int,
 ) -> Linear | None:
     """The address in the box at the first point, if fragments are units of elements that lie together.
 
@@ -105,7 +112,7 @@ class RowFragments(Fragments):
         self.program = program
         values = program.spotter.indices(program.image, points[0]) or []
         for unit, whole in itertools.product((program.chunk, program.pair), aligned(box)):
-            conflicts = _conflicts(program, values, "rows", 4 if unit == program.chunk else 0)
+            conflicts = conflicts_of(program, values, "rows", 4 if unit == program.chunk else 0)
             made = without_conflicts(whole, max(unit, whole.width), conflicts)
             address = _address_of(program, made, program.image, points, ("rows", "depth"), unit)
             if address is not None:
@@ -308,15 +315,29 @@ class TapFragments(Fragments):
 
 
 class DepthFragments(Fragments):
-    """Fragments of a factor whose positions are the depth, turned around as they are loaded.
+    """Fragments of a factor whose positions are the depth."""
+
+    box: Box
+
+    def __init__(self, program: Program, access: Access) -> None:
+        self.program, self.access = program, access
+
+    def at(self, point: Env) -> At:
+        """How far the fragments of a point are from the box's first element, in bytes."""
+        place = self.box.address(self.program.spotter.indices(self.access, point) or ())
+        return place.const * self.program.item, 0
+
+
+class TurnedFragments(DepthFragments):
+    """Those that are turned around as they are loaded.
 
     side: along which eight elements lie together at a multiple of eight, rows of the image or columns.
     """
 
     def __init__(self, program: Program, box: Box, access: Access, side: str, points: Sequence[Env]) -> None:
-        self.program, self.access = program, access
+        super().__init__(program, access)
         values = program.spotter.indices(access, points[0]) or []
-        conflicts = _conflicts(program, values, "depth", 4 if program.pair > 1 else EIGHT)
+        conflicts = conflicts_of(program, values, "depth", 4 if program.pair > 1 else EIGHT)
         for whole in aligned(box):
             self.box = without_conflicts(whole, max(EIGHT, whole.width), conflicts)
             address = _address_of(program, self.box, access, points, ("depth", side), EIGHT)
@@ -330,8 +351,3 @@ class DepthFragments(Fragments):
         """Where the line of a place of the depth begins, from the box on."""
         program = self.program
         return f"({program.form(self.line, {program.sides['depth']: place})}) * {program.item}"
-
-    def at(self, point: Env) -> int:
-        """How far the fragments of a point are from those of the first, in bytes."""
-        place = self.box.address(self.program.spotter.indices(self.access, point) or ())
-        return place.const * self.program.item

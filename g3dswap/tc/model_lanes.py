@@ -16,8 +16,9 @@ from .cuda_text import REGISTER
 from .footprint import accumulators_of, distinct, runs_of, tile_of
 from .fragments_cuda import BANKS
 from .lanes_cuda import SCATTERED
+from .model_parts import Part, part_of
 from .model_product import CYCLES
-from .model_staged import Part, bytes_of, part_of, waves_of
+from .model_staged import bytes_of, waves_of
 from .model_triton import MOST_PROGRAMS, MOST_WARPS, PROCESSORS
 from .nest import Access, Nest
 from .program_cuda import MOST_ACCUMULATORS, MOST_SHARED, SHARED, Settings

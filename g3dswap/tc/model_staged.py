@@ -11,19 +11,18 @@ sixth, and of nearly all layers the fastest was among the best fifth by this mod
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .box import WIDEST
 from .cuda_text import REGISTER
-from .footprint import LINE, accumulators_of, footprint, partials_of, runs_of, tile_of
+from .footprint import LINE, accumulators_of, distinct, footprint, partials_of, runs_of, tile_of
 from .fragments_cuda import KEPT
+from .model_parts import Slab, part_of
 from .model_product import CYCLES
 from .model_triton import MOST_WARPS, PROCESSORS
-from .nest import Access, Index, Nest
+from .nest import Nest
 from .program_cuda import BUFFERS, COLS, MOST_SHARED, ROWS, SHARED, Settings, deep_of
-from .roles import Roles, image_and_other, roles_of
-from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, SECTOR, WARP
+from .roles import image_and_other, roles_of
+from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, WARP
 
 LAUNCH, TOTAL = 4.5e-6, 8e-6
 """Seconds of a launch, and of the second stage of a split reduction."""
@@ -46,95 +45,29 @@ PRODUCT = 1.3
 """Issue slots of a product of fragments."""
 SCATTER = 2.0
 """Trips to the L1 cache for a warp's load of elements that are laid out."""
-GATHERED = 3.5
-"""Issue slots of a warp for an element that is gathered."""
 STORE, ADDED = 13.0, 6.0
 """Issue slots of a warp for storing a fragment's results, and for adding one to those of other warps."""
 WRITTEN, SINGLES = 4.0, 48.0
 """Trips to the L1 cache for storing a fragment's results: as pairs, and where no two lie together."""
-IN_FLIGHT, LATENCY = 12, 1200.0
-"""Where copies are of single elements: how many of a thread are loaded at once, and the cycles of that."""
-PADDED = 1.15
-"""Of a box's elements, with the padding between its rows."""
+LATENCY = 1200.0
+"""Cycles until loads of single elements have arrived."""
 OWN, HOPELESS = 40, 330
 """Registers of a thread beside sums and fragments, and how many are far too many."""
 WHOLE_WAVES = 4
 """Fewer waves of programs than these end together."""
+LINE_COPY, LINE_TRIPS = 8.0, 2.2
+"""Where a depth is read along lines: issue slots of a copy of words, and its trips to shared memory."""
+PACE, PAIRED, BESIDE = 1.5, 0.8, 1.3
+"""There, cycles between two instructions of a warp alone, those that make a pair of what has been loaded, and
+trips for a load, with conflicts."""
+LINES = 0.78
+"""Of the estimate, what kernels take whose depth is read along lines."""
+WIDE = 1 << 12
+"""Elements that are more than a line has."""
 OVERLAP = 0.87
 """Of the second largest of the times, what the largest one does not hide."""
 SHARED_DEPTH = 0.8
 """Of the estimate, what kernels take whose warps share a depth that is copied as it lies."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a program copies of a factor at a time: elements, those of one copy, those that lie together.
-
-    turned: what lies side by side in memory does not do so in shared memory.
-    """
-
-    elements: int
-    width: int
-    together: int
-    size: int
-    turned: bool
-
-    @property
-    def gathered(self) -> float:
-        """Issue slots of all warps that gather what has arrived."""
-        return 0.0
-
-    @property
-    def bytes(self) -> float:
-        """Of the sectors that hold them."""
-        return self.elements * self.size * max(1.0, SECTOR / (self.together * self.size))
-
-    @property
-    def copies(self) -> float:
-        """Instructions of a warp."""
-        return self.elements / self.width / WARP
-
-    def room(self, buffers: int) -> float:
-        """Elements that there is room for, with so many buffers of what is copied."""
-        return self.elements * PADDED * buffers
-
-    @property
-    def is_async(self) -> bool:
-        """Whether a thread goes on while its copies are under way."""
-        return not self.is_loaded and not self.turned
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether copies are loads and stores of single elements, which are no whole words."""
-        return self.width == 1 and self.size < REGISTER
-
-    def waits(self, threads: int) -> float:
-        """How often a thread waits for loads, which copies of single elements are."""
-        return self.elements / (threads * IN_FLIGHT) if self.is_loaded else 0.0
-
-
-@dataclass(frozen=True)
-class _Slab(Part):
-    """A part of which the tensor has so many elements, which are copied as they lie and then gathered."""
-
-    slab: int
-
-    is_async, is_loaded = True, False
-
-    @property
-    def gathered(self) -> float:
-        return self.slab / WARP * GATHERED
-
-    @property
-    def bytes(self) -> float:
-        return self.slab * self.size
-
-    @property
-    def copies(self) -> float:
-        return self.slab * self.size / WIDEST / WARP
-
-    def room(self, buffers: int) -> float:
-        return self.elements * PADDED + self.slab * buffers
 
 
 @dataclass(frozen=True)
@@ -144,8 +77,8 @@ class _Work:
     shared: bytes; registers: of a thread; busy: warps that multiply; slots: issue slots of all warps;
     products: of fragments; trips: of warps to shared memory and the L1 cache; chain: products of the same
     sums that follow each other in one warp; arrivals: waits for copies; waits: for loads; copied: bytes;
-    pieces: in which results are written, where no line of the cache is written whole; shares_depth: whether
-    warps have parts of a depth that is copied as it lies; gathers: whether anything is gathered.
+    pieces: in which results are written, where no line of the cache is written whole; pace: cycles between
+    two instructions of a warp alone; scale: of the estimate; lies: whether anything is copied as it lies.
     """
 
     shared: float
@@ -159,8 +92,9 @@ class _Work:
     waits: float
     copied: float
     pieces: int = 0
-    shares_depth: bool = False
-    gathers: bool = False
+    pace: float = 1.0
+    scale: float = 1.0
+    lies: bool = False
 
 
 def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED) -> float:
@@ -171,14 +105,20 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
     programs, runs = runs_of(nest, batch)
     warps, along = settings.warps, roles_of(nest).along
     work = _rows(nest, settings, runs) if along else _depth(nest, settings, runs)
-    if work.shared > room or work.registers > HOPELESS or (settings.whole and not work.gathers):
+    if (
+        work.shared > room
+        or work.registers > HOPELESS
+        or (settings.whole and not settings.lines and not work.lies)
+    ):
         return math.inf
     most = min(MOST_REGISTERS, REGISTERS // (WARP * warps))
     threads = min(most, work.registers) * WARP * warps
     resident = max(1, min(MOST_WARPS // warps, int(SHARED / (work.shared + 1024)), REGISTERS // threads))
     waves = waves_of(programs, resident)
     busy = min(4, work.busy)
-    single = max(work.slots / busy, work.products * MATRIX * 4 / busy, work.trips, work.chain * CHAIN)
+    single = max(
+        work.slots * work.pace / busy, work.products * MATRIX * 4 / busy, work.trips, work.chain * CHAIN
+    )
     alone = waves * (work.arrivals * ARRIVAL + (single + work.waits * LATENCY) / CYCLES)
     each = max(work.slots / 4, work.products * MATRIX, work.trips)
     together = programs / PROCESSORS * each / CYCLES
@@ -186,7 +126,7 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
     *_, second, first = sorted((alone, together, memory))
     spilled = max(1.0, work.registers / most) ** 2
     launches = LAUNCH + (TOTAL if partials_of(nest, batch) > 1 else 0.0)
-    scale = SHARED_DEPTH if work.shares_depth else 1.0
+    scale = work.scale
     return scale * (launches + spilled * (first + OVERLAP * second)) + programs * work.pieces * PIECE
 
 
@@ -245,42 +185,52 @@ def _rows(nest: Nest, settings: Settings, runs: int) -> _Work:
         waits=steps * part.waits(warps * WARP) + kernel.waits(warps * WARP),
         copied=steps * part.bytes + kernel.bytes,
         pieces=steps * _pieces(nest, level),
-        gathers=part.gathered > 0,
+        lies=isinstance(part, Slab),
     )
 
 
 def _depth(nest: Nest, settings: Settings, runs: int) -> _Work:
     factors = image_and_other(nest)
     tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
-    parts = [part_of(nest, factor, nest.tile_start, settings.whole) for factor in factors]
+    parts = [part_of(nest, f, nest.tile_start, settings.whole, settings.lines) for f in factors]
     groups, warps, teams, buffers = _groups(nest), settings.warps, settings.teams, settings.buffers
     members, busy_teams = warps // teams, min(teams, runs)
     busy, alike = _shared_out(deep, members, groups)
     planes, others = (footprint(nest, factor, tile).elements for factor in factors)
     sums = accumulators_of(nest, tile) * rows * cols
     products = groups * runs * tile.terms * rows * cols * deep
-    loads = groups * runs * planes * rows * deep
+    shallow = settings.lines and nest.lengths["depth"] <= deep_of(nest) // 2
+    slots, trips = float(planes * rows), float(planes * rows * 4 + others * cols * 2)
+    if settings.lines:
+        # Of each line that is read at a few shifts, words; and pairs of them, put together and masked.
+        tensor = nest.tensor(factors[0].tensor)
+        words, alone = (distinct(tile, factors[0], tensor, width)[1] for width in (2, WIDE))
+        loads = (words + alone) * rows * 4 + others * cols * 2
+        slots, trips = loads + planes * rows * 4 * PAIRED, loads * BESIDE
     copies = runs * sum(part.copies for part in parts)
     copied = runs * sum(part.bytes for part in parts)
     ahead = buffers > 1 and all(part.is_async for part in parts)
     rounds = -(-runs // teams)
+    shares_depth = groups == 1 and not any(part.turned or part.gathered for part in parts)
+    pieces = groups * runs * deep * (0.5 if shallow else 1.0)
     return _Work(
         shared=max(sum(p.room(buffers) * p.size for p in parts) * teams, groups * sums * 4 * WARP * 4),
         registers=OWN + sums * 4 + others * cols * 2,
         busy=busy * busy_teams,
-        slots=copies * COPY
+        slots=copies * (LINE_COPY if settings.lines else COPY)
         + runs * sum(part.gathered for part in parts)
         + products * PRODUCT
-        + loads
+        + pieces * slots
         + sums * 4 * warps * ADDED,
-        products=products,
-        trips=loads * 4 + groups * runs * others * cols * deep * 2 + copied / LINE,
+        products=products * (0.5 if shallow else 1.0),
+        trips=pieces * trips + (copies * LINE_TRIPS if settings.lines else copied / LINE),
         chain=products / sums / groups / alike / busy_teams,
         arrivals=_arrivals(rounds, ahead),
         waits=rounds * sum(part.waits(members * WARP) for part in parts),
         copied=copied,
-        shares_depth=groups == 1 and not any(part.turned or part.gathered for part in parts),
-        gathers=any(part.gathered for part in parts),
+        pace=PACE if settings.lines else 1.0,
+        scale=LINES if settings.lines else SHARED_DEPTH if shares_depth else 1.0,
+        lies=any(isinstance(part, Slab) for part in parts),
     )
 
 
@@ -318,77 +268,3 @@ def _groups(nest: Nest) -> int:
 def _shared_out(pieces: int, warps: int, groups: int) -> tuple[int, float]:
     """How many warps multiply, and how many times as fast as one of them they are through with a group."""
     return (warps, 1.0) if groups > 1 else (min(warps, pieces), pieces / -(-pieces // warps))
-
-
-def part_of(nest: Nest, access: Access, level: int, whole: bool = False) -> Part:
-    """What the loops inside of a level read of an access."""
-    tensor = nest.tensor(access.tensor)
-    size = ITEM_BYTES[tensor.dtype]
-    spans = [
-        sum(abs(c) * (_inside(nest, a, level) - 1) for a, c in index.terms) // index.divisor + 1
-        for index in access.indices
-    ]
-    width, together, turned = 1, 1, False
-    roles = roles_of(nest)
-    side = {*roles.channels, *roles.other}
-    dims = zip(access.indices, spans, tensor.shape, tensor.strides)
-    for index, span, extent, stride in sorted(dims, key=lambda dim: dim[3]):
-        if stride == 1 and span > 1:
-            turned = not index.axes & side
-            moves = [c * _inside(nest, a, level) for a, c in index.terms if _is_outside(nest, a, level)]
-            steps = (_fixed(roles, index, size), extent or 0, *moves)
-            width = next(
-                w for w in (8, 4, 2, 1) if w * size <= WIDEST and w <= span and not any(s % w for s in steps)
-            )
-        if stride == together:
-            together *= span
-    slab = _slab(nest, access, level, spans) if whole and (turned or width == 1) else 0
-    part = math.prod(spans), width, together, size, turned
-    return _Slab(*part, slab) if slab else Part(*part)
-
-
-def _slab(nest: Nest, access: Access, level: int, spans: Sequence[int]) -> int:
-    """How many elements that lie together the loops inside of a level read, if those are all: of some
-    dimensions whole, and a part of one more; else 0."""
-    tensor = nest.tensor(access.tensor)
-    size, whole = 1, True
-    dims = zip(access.indices, spans, tensor.shape, tensor.strides)
-    for index, span, extent, stride in sorted(dims, key=lambda dim: dim[3]):
-        outside = any(_is_outside(nest, axis, level) for axis in index.axes)
-        if whole and extent and not outside and span >= extent and (extent == 1 or stride == size):
-            size *= extent
-        elif span == 1 or (whole and stride == size and len(index.terms) == 1):
-            size, whole = size * span, False
-        else:
-            return 0
-    return size
-
-
-def _fixed(roles: Roles, index: Index, size: int) -> int:
-    """Where a part begins that may not begin sooner: fragments of rows are read in words, those of a depth by
-    eights, and what is turned around may begin anywhere."""
-    if not index.axes & {*roles.channels}:
-        return 0
-    return index.offset % (REGISTER // size) if roles.along else index.offset
-
-
-def _is_outside(nest: Nest, axis: str, level: int) -> bool:
-    """Whether an axis has steps outside of a level."""
-    fused = nest.fusion_of(axis)
-    names = (axis, fused.name) if fused else (axis,)
-    return any(p.axis in names and p.count != 1 for p in nest.loops[:level])
-
-
-def _inside(nest: Nest, axis: str, level: int) -> int:
-    """How many values of an axis the loops inside of a level run over."""
-    own = math.prod(p.count or 1 for p in nest.loops[level:] if p.axis == axis)
-    fused = nest.fusion_of(axis)
-    if fused is None:
-        return own
-    steps = math.prod(p.count or 1 for p in nest.loops[level:] if p.axis == fused.name)
-    for part, extent in zip(reversed(fused.parts), reversed(fused.extents)):
-        here = steps if part == fused.parts[0] else min(steps, extent)
-        if part == axis:
-            return own * here
-        steps = -(-steps // here)
-    return own

@@ -164,7 +164,7 @@ class Spotter:
             if not self._guard(self._axis(a, env) - self._axis(b, env), 1, guards):
                 return None
         run = runs[0] if len(runs) == 1 else None
-        address = self._joined(Linear.of(offset, terms))
+        address = self.joined(Linear.of(offset, terms))
         return Spot(access.tensor, address, tuple(guards), tuple(exact), run)
 
     def indices(self, access: Access, env: Env) -> list[Linear] | None:
@@ -261,7 +261,7 @@ class Spotter:
             self.counts[name] = count
         return Linear(0, ((self._names[quotient], 1),))
 
-    def _joined(self, address: Linear) -> Linear:
+    def joined(self, address: Linear) -> Linear:
         """Where rows follow each other in memory, (x // e) * e + x % e is x again."""
         for symbol, coefficient in address.terms:
             quotient = self.quotients.get(symbol)
@@ -270,5 +270,5 @@ class Spotter:
             whole = self._names.get(Quotient("//", quotient.form, quotient.number))
             if whole is not None and address.coefficient(whole) == coefficient * quotient.number:
                 rest = address.without(symbol).without(whole)
-                return self._joined(rest + quotient.form * coefficient)
+                return self.joined(rest + quotient.form * coefficient)
         return address

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from .nest import SIDE_BINDS, Nest
 from .roles import image_and_other, nearest_last, roles_of, sides
@@ -30,7 +31,8 @@ class Product:
     staged: whether what is read at shifted positions is copied to shared memory first.
     apart: a batch axis of which each warp has a step.
     teams: of warps that have steps of the loop around the product of their own.
-    whole: whether what is staged is copied as it lies, where it lies together."""
+    whole: whether what is staged is copied as it lies, where it lies together.
+    lines: whether a depth of positions is read along lines of them."""
 
     rows: Side
     cols: Side
@@ -47,6 +49,7 @@ class Product:
     apart: Tile = ()
     teams: int = 1
     whole: bool = False
+    lines: bool = False
 
     @property
     def sides(self) -> dict[str, Side]:
@@ -82,7 +85,9 @@ class Product:
         binds = {a: bind for bind, (axes, _) in self.sides.items() for a in axes}
         digits += [Digit(a, c, binds[a], True) for a, c in self.words.items()]
         hints = [("across", 1)] if self.across else []
-        hints += [("ahead", self.ahead), ("stages", self.stages)]
+        hints += [("ahead", self.ahead)]
+        hints += [("lines", 1)] if self.lines else []
+        hints += [("stages", self.stages)]
         hints += [("teams", self.teams)] if self.teams > 1 else []
         hints += [("warps", self.warps)]
         hints += [("whole", 1)] if self.whole else []
@@ -132,8 +137,11 @@ class Product:
         rows, cols, depth = sides["rows"], sides["cols"], sides["depth"]
         staged = bool(schedule.stage)
         apart = tuple((d.axis, d.count or 1) for d in schedule.digits if d.bind == "warps")
-        rewrites, whole = (schedule.pack, schedule.skew), bool(schedule.hint("whole", 0))
-        return cls(rows, cols, depth, *rewrites, tile, grid, *hints, across, staged, apart, teams, whole)
+        rewrites, flags = (
+            (schedule.pack, schedule.skew),
+            (bool(schedule.hint(n, 0)) for n in ("whole", "lines")),
+        )
+        return cls(rows, cols, depth, *rewrites, tile, grid, *hints, across, staged, apart, teams, *flags)
 
 
 def _group(groups: list[tuple[str, ...]], axis: str) -> tuple[str, ...]:
@@ -151,6 +159,11 @@ def is_product(schedule: Schedule) -> bool:
 def of_tiles(products: Sequence[Product], wanted: Container[Tile]) -> Iterator[Product]:
     """Those of the products that have one of these tiles."""
     return (product for product in products if product.tile in wanted)
+
+
+def by_tile(found: Sequence[Product]) -> tuple[list[Product], Callable[[Container[Tile]], Iterator[Product]]]:
+    """One product of each tile, and all products of some tiles."""
+    return list({product.tile: product for product in reversed(found)}.values()), partial(of_tiles, found)
 
 
 def splits(

@@ -49,17 +49,20 @@ class Settings:
     buffers: of what is copied in a loop; with two, the next is on its way while one is multiplied.
     teams:   of warps, each of which copies and multiplies steps of that loop of its own.
     whole:   whether parts of tensors that lie together are copied as they lie, and put in order afterwards.
+    lines:   whether a product's depth of positions is read along lines of them, and not turned around.
     """
 
     warps: int
     buffers: int = 1
     teams: int = 1
     whole: bool = False
+    lines: bool = False
 
     @classmethod
     def of(cls, schedule: Schedule) -> Settings:
         hint = schedule.hint
-        return cls(hint("warps", 4), hint("stages", 1), hint("teams", 1), bool(hint("whole", 0)))
+        flags = (bool(hint(name, 0)) for name in ("whole", "lines"))
+        return cls(hint("warps", 4), hint("stages", 1), hint("teams", 1), *flags)
 
     @property
     def threads(self) -> int:

@@ -24,6 +24,7 @@ from . import (
     space_banded,
     space_cpp,
     space_lanes,
+    space_lines,
     space_product,
     space_staged,
     space_triton,
@@ -163,7 +164,7 @@ class Space:
 
     def _triton_families(self) -> list[list[tuple[float, Schedule]]]:
         every: list[tuple[Sequence[Tiled], Callable[[Container[Any]], Iterable[Tiled]]]]
-        cuda = (space_staged, space_lanes) if has_cuda() else ()
+        cuda = (space_staged, space_lines, space_lanes) if has_cuda() else ()
         spaces = (space_triton, space_product, space_banded, *cuda)
         every = [family for space in spaces for family in space.families(self.nest, self.batch)]
         glances = [{point: self._costed(point) for point in _spread(first, GLANCE)} for first, _ in every]
@@ -247,7 +248,8 @@ class Space:
             return space_cpp.mutate(self.nest, space_cpp.Point.of(schedule), rng).schedule(self.nest)
         if is_product(schedule):
             banded = space_banded if schedule.skew else space_product
-            space = space_staged if is_cuda(schedule) else banded
+            staged = space_lines if schedule.hint("lines", 0) else space_staged
+            space = staged if is_cuda(schedule) else banded
             return space.mutate(self.nest, Product.of(schedule), rng, self.batch).schedule(self.nest)
         if is_cuda(schedule):
             lanes = space_lanes.Point.of(schedule, self.nest)

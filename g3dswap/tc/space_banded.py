@@ -13,11 +13,10 @@ import math
 import random
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
-from functools import partial
 
 from ..errors import ScheduleError
 from .nest import Nest, Tensor
-from .product import Product, Skews, of_tiles, splits
+from .product import Product, Skews, by_tile, splits
 from .roles import added, image_and_other, possible, roles_of, sides
 from .schedule import rewritten
 from .skew import Skew, patch_name, shifted_by
@@ -93,9 +92,7 @@ def families(
     if not possible(nest) or ITEM_BYTES[nest.tensors[0].dtype] > 2:
         return
     for skews in skewings(nest):
-        products = list(_products(nest, batch, skews))
-        first = list({product.tile: product for product in reversed(products)}.values())
-        yield first, partial(of_tiles, products)
+        yield by_tile(list(_products(nest, batch, skews)))
 
 
 def _products(nest: Nest, batch: int, skews: Skews) -> Iterator[Product]:

@@ -15,12 +15,11 @@ import math
 import random
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 from ..errors import ScheduleError
 from .box import WIDEST
 from .nest import ENOUGH, Access, Nest
-from .product import Packs, Product, Side, Skews, of_tiles, splits
+from .product import Packs, Product, Side, Skews, by_tile, splits
 from .program_cuda import COLS, MOST_ACCUMULATORS, ROWS, deep_of
 from .roles import Roles, added, batches, by_step, image_and_other, nearest, possible, roles_of, sides
 from .schedule import apply, fused_name, rewritten
@@ -74,15 +73,13 @@ def families(
     if not possible(nest):
         return
     for form in forms(nest):
-        found = products(nest, form, batch, thorough=False)
-        first = list({product.tile: product for product in reversed(found)}.values())
-        yield first, partial(of_tiles, found)
+        yield by_tile(products(nest, form, batch, thorough=False))
 
 
 def forms(nest: Nest) -> list[Form]:
     """What may be packed and skewed so that sides are whole fragments; those that multiply and copy least."""
     roles = roles_of(nest)
-    channels, filters = (_steps(nest, axes) for axes in (roles.channels, roles.other))
+    channels, filters = (steps_in(nest, axes) for axes in (roles.channels, roles.other))
     found: list[Form] = []
     deepest = deep_of(nest)
     if _is_single(nest) and channels == 1:
@@ -116,7 +113,7 @@ def _prints(nest: Nest, form: Form) -> bool:
     return False
 
 
-def _steps(nest: Nest, axes: Sequence[str]) -> int:
+def steps_in(nest: Nest, axes: Sequence[str]) -> int:
     return math.prod(nest.extent(axis) or 1 for axis in axes)
 
 
@@ -136,7 +133,7 @@ def _skewings(nest: Nest, roles: Roles, channels: int, filters: int) -> Iterator
                     whole = rewritten(nest, (), skews)
                 except ScheduleError:
                     continue
-                deep = channels * _steps(whole, [patch_name(axis) for axis in own])
+                deep = channels * steps_in(whole, [patch_name(axis) for axis in own])
                 # A single patch may be read past its end.
                 fits = deep % deep_of(nest) == 0 or (len(own) == 1 and channels == 1)
                 if deep <= MOST_DEPTH and fits and deep not in depths:
@@ -155,11 +152,11 @@ def _rank(nest: Nest, form: Form) -> float:
     together = near & {*positions, *roles.channels} or _apart(whole)
     if not all((roles.image, roles.other, roles.depth, together)):
         return math.inf
-    deep, taps = _steps(whole, roles.channels), _steps(whole, sides(whole))
+    deep, taps = steps_in(whole, roles.channels), steps_in(whole, sides(whole))
     # Of channels that lie together, a program reads those of several groups.
     words = max((skew.word for skew in form[1]), default=1) if near & positions else deep
     width = min(WIDEST // ITEM_BYTES[nest.tensors[0].dtype], words)
-    copied = COPIED / width * _steps(nest, roles_of(nest).channels) / _steps(nest, roles_of(nest).other)
+    copied = COPIED / width * steps_in(nest, roles_of(nest).channels) / steps_in(nest, roles_of(nest).other)
     return taps * -(-deep // deep_of(nest)) / (ROWS * COLS) * MULTIPLIED + copied
 
 
@@ -175,11 +172,11 @@ def products(nest: Nest, form: Form, batch: int, thorough: bool = True) -> list[
 
 def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) -> Iterator[Product]:
     image, other = image_and_other(nest)
-    high, wide = _steps(nest, roles.channels), _steps(nest, roles.other)
+    high, wide = steps_in(nest, roles.channels), steps_in(nest, roles.other)
     whole = deep_of(nest) if roles.along else ROWS
-    channels = _by_step(nest, image, roles.channels), -(-high // whole) * whole
+    channels = by_steps(nest, image, roles.channels), -(-high // whole) * whole
     # Results that lie together are pairs of columns; or what is turned around is read together.
-    others = _by_step(nest, nest.output if roles.along else other, roles.other), wide
+    others = by_steps(nest, nest.output if roles.along else other, roles.other), wide
     heights, shares = [channels], [others]
     if roles.along or not form[1]:  # replicas of a skewed axis are added up in one program
         shares = _shares(others, COLS)
@@ -190,25 +187,25 @@ def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) 
     turned = not nearest(nest).isdisjoint(roles.positions)  # channels have to be gathered
     for place, outside, block in _places(nest, roles, thorough):
         blocks = tuple((a, p) for a, p in phases(nest).items() if a in place[0]) + block
-        sharing = _sharing(-(-place[1] // ROWS), thorough)
-        choices = itertools.product(unrolled, _windows(nest, outside), heights, shares, workers)
+        sharing = sharing_of(-(-place[1] // ROWS), thorough)
+        choices = itertools.product(unrolled, windows_of(nest, outside), heights, shares, workers)
         for own, window, height, share, (group, apart) in choices:
             rows, depth = (place, height) if roles.along else (height, place)
             tile = (*own, *window, *group, *blocks)
-            if not _is_shared(nest, block, own) or not _is_small(nest, tile, rows, share, depth, roles.along):
+            if not _is_shared(nest, block, own) or not is_small(nest, tile, rows, share, depth, roles.along):
                 continue
             three = rows, share, depth
-            steps = _steps_outside(nest, batch, three, (*tile, *apart)) if roles.along or turned else {}
+            steps = steps_of(nest, batch, three, (*tile, *apart)) if roles.along or turned else {}
             if roles.along:
                 found = _walks(nest, steps, place, outside, thorough)
             else:
                 found = splits(nest, three, (*tile, *apart), batch, PROGRAMS, blocks=True)
-            copies = (False, True) if turned and _are_all_inside(steps, three, roles.positions) else (False,)
+            copies = (False, True) if turned and are_all_inside(steps, three, roles.positions) else (False,)
             for split in found:
                 made = Product(*three, *form, tile, split, 1, 1, 0, staged=True, apart=apart)
                 looped = not roles.along and made.loops(nest, batch)
                 buffers = (1, 2) if looped else (1,)
-                numbers = [(count, 1) for _, count in apart] or _teams(sharing, looped, thorough)
+                numbers = [(count, 1) for _, count in apart] or teams_of(sharing, looped, thorough)
                 for (warps, teams), stages, lies in itertools.product(numbers, buffers, copies):
                     yield replace(made, warps=warps, stages=stages, teams=teams, whole=lies)
 
@@ -220,13 +217,13 @@ def _shares(side: Side, unit: int) -> list[Side]:
     return [(axes, count // n) for n in (1, *divided)]
 
 
-def _are_all_inside(steps: Mapping[str, int], sides: Sequence[Side], axes: Iterable[str]) -> bool:
+def are_all_inside(steps: Mapping[str, int], sides: Sequence[Side], axes: Iterable[str]) -> bool:
     """Whether a program with these sides has all of some axes, of which there are so many steps outside."""
     named = {axis: fused_name(own) for own, _ in sides for axis in own}
     return all(steps[named.get(axis, axis)] == 1 for axis in axes)
 
 
-def _steps_outside(nest: Nest, batch: int, sides: Sequence[Side], tile: Tile) -> dict[str, int]:
+def steps_of(nest: Nest, batch: int, sides: Sequence[Side], tile: Tile) -> dict[str, int]:
     """How many steps each axis, flattened or not, has outside of a program with these sides and a tile."""
     own = {fused_name(axes): (axes, count) for axes, count in sides}
     parts = {a for axes, _ in sides for a in axes}
@@ -243,14 +240,14 @@ def _workers(nest: Nest, form: Form) -> list[tuple[Tile, Tile]]:
     return apart + [(group, ()) for group in _groups(nest, form)]
 
 
-def _sharing(tiles: int, thorough: bool) -> list[int]:
+def sharing_of(tiles: int, thorough: bool) -> list[int]:
     """Numbers of warps that share so many tiles, where fewer would take longer: all, or a few; most first."""
     found = {-(-tiles // rounds) for rounds in range(1, tiles + 1)}
     most = range(MOST_WARPS, 0, -1) if thorough else FEW_WARPS
     return list(dict.fromkeys(max(n for n in found if n <= limit) for limit in most))
 
 
-def _teams(sharing: Sequence[int], looped: bool, thorough: bool) -> list[tuple[int, int]]:
+def teams_of(sharing: Sequence[int], looped: bool, thorough: bool) -> list[tuple[int, int]]:
     """Warps and teams of them: one of so many warps, or several, each of which has steps of the loop."""
     found = [(warps, 1) for warps in sharing]
     for warps in sharing if looped else ():
@@ -259,7 +256,7 @@ def _teams(sharing: Sequence[int], looped: bool, thorough: bool) -> list[tuple[i
     return found
 
 
-def _by_step(nest: Nest, access: Access, axes: Sequence[str]) -> tuple[str, ...]:
+def by_steps(nest: Nest, access: Access, axes: Sequence[str]) -> tuple[str, ...]:
     """Axes of more than one step, those last that are the nearest in memory."""
     found = by_step(nest, access, (a for a in axes if (nest.extent(a) or 1) > 1))
     return tuple(found) or tuple(axes[-1:])
@@ -302,7 +299,7 @@ def _is_shared(nest: Nest, block: Tile, taps: Tile) -> bool:
     return all(own is not None and own[1] in dict(taps) for own in found)
 
 
-def _windows(nest: Nest, axis: str | None) -> list[Tile]:
+def windows_of(nest: Nest, axis: str | None) -> list[Tile]:
     if axis is None:
         return [()]
     steps = -(-(nest.extent(axis) or 1) // phases(nest).get(axis, 1))
@@ -337,7 +334,7 @@ def _groups(nest: Nest, form: Form) -> list[Tile]:
     if form[0] or not roles_of(nest).along:
         return found
     image, _ = image_and_other(nest)
-    together = _steps(nest, [*nearest(nest)]) * ITEM_BYTES[nest.tensor(image.tensor).dtype]
+    together = steps_in(nest, [*nearest(nest)]) * ITEM_BYTES[nest.tensor(image.tensor).dtype]
     for axis in _following(nest):
         whole = (count for count in (2, 4) if (nest.extent(axis) or 1) % count == 0)
         found += [((axis, count),) for count in whole if together * count <= 2 * WIDEST]
@@ -377,7 +374,7 @@ def _following(nest: Nest) -> list[str]:
     return []
 
 
-def _is_small(nest: Nest, tile: Tile, rows: Side, cols: Side, depth: Side, along: bool) -> bool:
+def is_small(nest: Nest, tile: Tile, rows: Side, cols: Side, depth: Side, along: bool) -> bool:
     """Whether a warp's sums have registers, and its unrolled products are not too many."""
     split = phases(nest)
     sums = math.prod(count for axis, count in tile if not nest.is_reduce(axis))
@@ -395,9 +392,19 @@ def _is_small(nest: Nest, tile: Tile, rows: Side, cols: Side, depth: Side, along
 def mutate(nest: Nest, product: Product, rng: random.Random, batch: int = BATCH) -> Product:
     """A product of the same form that differs in a choice: positions, tile, split, warps or buffers."""
     form = product.pack, product.skew
-    own = _choices(rewritten(nest, *form), product)
+    own = choices_of(rewritten(nest, *form), product)
     every = _described(nest, form, batch)
-    near = [p for choices, p in every if sum(a != b for a, b in zip(own, choices)) == 1]
+    return varied(product, own, every, rng)
+
+
+def varied(
+    product: Product,
+    own: tuple[object, ...],
+    every: Iterable[tuple[tuple[object, ...], Product]],
+    rng: random.Random,
+) -> Product:
+    """One of the products, each with its choices, that differs in a choice; or the product itself."""
+    near = [other for choices, other in every if sum(a != b for a, b in zip(own, choices)) == 1]
     return rng.choice(near) if near else product
 
 
@@ -405,10 +412,10 @@ def mutate(nest: Nest, product: Product, rng: random.Random, batch: int = BATCH)
 def _described(nest: Nest, form: Form, batch: int) -> list[tuple[tuple[object, ...], Product]]:
     """All products of a form, each with its choices."""
     whole = rewritten(nest, *form)
-    return [(_choices(whole, product), product) for product in products(nest, form, batch)]
+    return [(choices_of(whole, product), product) for product in products(nest, form, batch)]
 
 
-def _choices(nest: Nest, product: Product) -> tuple[object, ...]:
+def choices_of(nest: Nest, product: Product) -> tuple[object, ...]:
     split = {*of_reductions(nest, product.split)}
     sides = product.rows, product.cols, product.depth
     workers = product.apart or (product.warps, product.teams)

@@ -182,7 +182,9 @@ class DepthSums:
         nest, variable = self.nest, self.program.sides[side]
         loop = nest.loops[int(variable[1:])]
         fused = nest.fused_axis(loop.axis)
-        axes = zip(fused.parts, fused.extents) if fused else [(loop.axis, loop.count or 1)]
+        # Of a side that is longer than its axis, the rest is of no result.
+        alone = loop.axis, min(loop.count or 1, nest.extent(loop.axis) or 1)
+        axes = zip(fused.parts, fused.extents) if fused else [alone]
         covered = math.prod(p.count or 1 for p in nest.loops if p.axis == loop.axis)
         skewed = {
             name for index in nest.output.indices for name in index.axes if index.axes & {*nest.replicas}
