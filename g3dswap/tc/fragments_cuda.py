@@ -59,12 +59,7 @@ def conflicts_of(
 
 
 def _address_of(
-    program: Program,
-    box: Box,
-    access: Access,
-    points: Sequence[Env],
-    sides: tuple[str, str],
-    unit: int,
+    program: Program, box: Box, access: Access, points: Sequence[Env], sides: tuple[str, str], unit: int
 ) -> Linear | None:
     """The address in the box at the first point, if fragments are units of elements that lie together.
 

@@ -57,7 +57,7 @@ WHOLE_WAVES = 4
 """Fewer waves of programs than these end together."""
 LINE_COPY, LINE_TRIPS = 8.0, 2.2
 """Where a depth is read along lines: issue slots of a copy of words, and its trips to shared memory."""
-PACE, PAIRED, BESIDE = 1.5, 0.8, 1.3
+PACE, PAIRED, CONFLICTING = 1.5, 0.8, 1.3
 """There, cycles between two instructions of a warp alone, those that make a pair of what has been loaded, and
 trips for a load, with conflicts."""
 LINES = 0.78
@@ -105,11 +105,7 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
     programs, runs = runs_of(nest, batch)
     warps, along = settings.warps, roles_of(nest).along
     work = _rows(nest, settings, runs) if along else _depth(nest, settings, runs)
-    if (
-        work.shared > room
-        or work.registers > HOPELESS
-        or (settings.whole and not settings.lines and not work.lies)
-    ):
+    if work.shared > room or work.registers > HOPELESS or (settings.whole and not work.lies):
         return math.inf
     most = min(MOST_REGISTERS, REGISTERS // (WARP * warps))
     threads = min(most, work.registers) * WARP * warps
@@ -206,7 +202,7 @@ def _depth(nest: Nest, settings: Settings, runs: int) -> _Work:
         tensor = nest.tensor(factors[0].tensor)
         words, alone = (distinct(tile, factors[0], tensor, width)[1] for width in (2, WIDE))
         loads = (words + alone) * rows * 4 + others * cols * 2
-        slots, trips = loads + planes * rows * 4 * PAIRED, loads * BESIDE
+        slots, trips = loads + planes * rows * 4 * PAIRED, loads * CONFLICTING
     copies = runs * sum(part.copies for part in parts)
     copied = runs * sum(part.bytes for part in parts)
     ahead = buffers > 1 and all(part.is_async for part in parts)
@@ -230,7 +226,7 @@ def _depth(nest: Nest, settings: Settings, runs: int) -> _Work:
         copied=copied,
         pace=PACE if settings.lines else 1.0,
         scale=LINES if settings.lines else SHARED_DEPTH if shares_depth else 1.0,
-        lies=any(isinstance(part, Slab) for part in parts),
+        lies=settings.lines or any(isinstance(part, Slab) for part in parts),
     )
 
 
