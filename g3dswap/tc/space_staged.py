@@ -195,12 +195,12 @@ def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) 
             if not _is_shared(nest, block, own) or not is_small(nest, tile, rows, share, depth, roles.along):
                 continue
             three = rows, share, depth
-            steps = steps_of(nest, batch, three, (*tile, *apart)) if roles.along or turned else {}
+            steps = _steps_outside(nest, batch, three, (*tile, *apart)) if roles.along or turned else {}
             if roles.along:
                 found = _walks(nest, steps, place, outside, thorough)
             else:
                 found = splits(nest, three, (*tile, *apart), batch, PROGRAMS, blocks=True)
-            copies = (False, True) if turned and are_all_inside(steps, three, roles.positions) else (False,)
+            copies = (False, True) if turned and _are_all_inside(steps, three, roles.positions) else (False,)
             for split in found:
                 made = Product(*three, *form, tile, split, 1, 1, 0, staged=True, apart=apart)
                 looped = not roles.along and made.loops(nest, batch)
@@ -217,13 +217,13 @@ def _shares(side: Side, unit: int) -> list[Side]:
     return [(axes, count // n) for n in (1, *divided)]
 
 
-def are_all_inside(steps: Mapping[str, int], sides: Sequence[Side], axes: Iterable[str]) -> bool:
+def _are_all_inside(steps: Mapping[str, int], sides: Sequence[Side], axes: Iterable[str]) -> bool:
     """Whether a program with these sides has all of some axes, of which there are so many steps outside."""
     named = {axis: fused_name(own) for own, _ in sides for axis in own}
     return all(steps[named.get(axis, axis)] == 1 for axis in axes)
 
 
-def steps_of(nest: Nest, batch: int, sides: Sequence[Side], tile: Tile) -> dict[str, int]:
+def _steps_outside(nest: Nest, batch: int, sides: Sequence[Side], tile: Tile) -> dict[str, int]:
     """How many steps each axis, flattened or not, has outside of a program with these sides and a tile."""
     own = {fused_name(axes): (axes, count) for axes, count in sides}
     parts = {a for axes, _ in sides for a in axes}
@@ -300,6 +300,7 @@ def _is_shared(nest: Nest, block: Tile, taps: Tile) -> bool:
 
 
 def windows_of(nest: Nest, axis: str | None) -> list[Tile]:
+    """One step of a position, or a few, which are unrolled."""
     if axis is None:
         return [()]
     steps = -(-(nest.extent(axis) or 1) // phases(nest).get(axis, 1))
