@@ -31,25 +31,39 @@ class Case:
     seed: int
 
 
-@st.composite
-def cases(draw: st.DrawFn, longest: int = 9, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
-    """Any small problem: odd sizes, one-element axes, strides beyond the kernel, multipliers, dilation."""
+def layer_of(
+    draw: st.DrawFn,
+    channels: tuple[int, int, int],
+    size: tuple[int, ...],
+    kernels: list[int],
+    strides: list[int],
+    paddings: list[int],
+    dilations: list[int],
+) -> Geometry:
+    """A layer of so many groups, and channels and filters of each, whose sides are drawn from these."""
 
     def three(values: list[int]) -> tuple[int, int, int]:
         t, h, w = (draw(st.sampled_from(values)) for _ in range(3))
         return t, h, w
 
-    groups = draw(st.sampled_from([1, 2, 3, 5, 17]))
-    channels, filters = draw(st.sampled_from([1, 1, 2, 3])), draw(st.sampled_from([1, 1, 2, 4]))
-    size = draw(st.tuples(*[st.integers(1, longest)] * 3))
+    groups, own, filters = channels
+    sides = three(kernels), three(strides), three(paddings), three(dilations)
+    t, h, w = size
     try:
-        geometry = Geometry(
-            groups * channels, groups * filters, groups, size, three([1, 2, 3, 5]), three([1, 1, 2, 3, 4]),
-            three([0, 0, 1, 2]), three([1, 1, 2, 3]),
-        )  # fmt: skip
+        return Geometry(groups * own, groups * filters, groups, (t, h, w), *sides)
     except ArgumentError:
         assume(False)
         raise
+
+
+@st.composite
+def cases(draw: st.DrawFn, longest: int = 9, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
+    """Any small problem: odd sizes, one-element axes, strides beyond the kernel, multipliers, dilation."""
+    groups = draw(st.sampled_from([1, 2, 3, 5, 17]))
+    channels, filters = draw(st.sampled_from([1, 1, 2, 3])), draw(st.sampled_from([1, 1, 2, 4]))
+    size = draw(st.tuples(*[st.integers(1, longest)] * 3))
+    sides = [1, 2, 3, 5], [1, 1, 2, 3, 4], [0, 0, 1, 2], [1, 1, 2, 3]
+    geometry = layer_of(draw, (groups, channels, filters), size, *sides)
     direction = draw(st.sampled_from(["forward", "grad_input", "grad_weight"]))
     forward = direction != "grad_weight"
     problem = Problem(

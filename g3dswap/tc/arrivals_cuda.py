@@ -149,10 +149,8 @@ def _slab_of(text: CudaText, box: Box) -> _Slab | None:
     size, base, whole = 1, Linear(), True
     for d in sorted(range(len(box.dims)), key=lambda d: box.dims[d].stride):
         dim = box.dims[d]
-        low = dim.base.const
-        covers = dim.extent is not None and not dim.base.terms and low <= 0 and low + dim.span >= dim.extent
-        if whole and covers and dim.extent and (dim.extent == 1 or dim.stride == size):
-            inside[d] = -low, dim.extent
+        if whole and dim.is_whole and dim.extent and (dim.extent == 1 or dim.stride == size):
+            inside[d] = -dim.base.const, dim.extent
             size *= dim.extent
             continue
         if not is_inside(text, dim) or (dim.span > 1 and not (whole and dim.stride == size)):

@@ -41,6 +41,12 @@ class Dim:
     stride: int
     pitch: int = 0
 
+    @property
+    def is_whole(self) -> bool:
+        """The box has all of the tensor's, at the same place for every program."""
+        low = self.base.const
+        return self.extent is not None and not self.base.terms and low <= 0 and low + self.span >= self.extent
+
 
 @dataclass(frozen=True)
 class Box:
@@ -209,9 +215,8 @@ def lying(box: Box, conflicts: Callable[[Box], int]) -> tuple[Box, tuple[int, ..
     own: list[int] = []
     size = 1
     for d in sorted(range(len(box.dims)), key=lambda d: (box.dims[d].stride, box.dims[d].extent != 1)):
-        dim, low = box.dims[d], box.dims[d].base.const
-        covered = dim.extent is not None and not dim.base.terms and low <= 0 and low + dim.span >= dim.extent
-        if not covered or not dim.extent or (dim.extent != 1 and dim.stride != size):
+        dim = box.dims[d]
+        if not dim.is_whole or not dim.extent or (dim.extent != 1 and dim.stride != size):
             break
         own.append(d)
         size *= dim.extent

@@ -41,9 +41,8 @@ class DepthProgram(Program):
         self.sums = math.prod(nest.loops[i].count or 1 for i in self.parallel)
         if settings.lines and self.pair == 1:
             raise ScheduleError("lines of positions are read as pairs of a half type.")
-        self.loads: type[DepthLoads[Any]] = TurnedLoads if self.pair > 1 else WordLoads
-        if settings.lines:
-            self.loads = LineLoads
+        turned = TurnedLoads if self.pair > 1 else WordLoads
+        self.loads: type[DepthLoads[Any]] = LineLoads if settings.lines else turned
 
     def write(self) -> None:
         lengths = self.nest.lengths
@@ -122,7 +121,7 @@ class DepthProgram(Program):
         whole = self.settings.whole
         if self.settings.lines:
             lines = [
-                LineFragments(self, access, side, points, self.box(access, "depth", points), whole)
+                LineFragments(self, self.box(access, "depth", points), access, side, points, whole)
                 for access, side in both
             ]
             return [*lines], [factor.arrival for factor in lines]

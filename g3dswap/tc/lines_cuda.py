@@ -28,6 +28,7 @@ PLACES = "near", "far"
 """Of the positions of a piece, where those two pairs begin that a lane reads."""
 LOW, HIGH = "0xffffu", "0xffff0000u"
 """The elements of a pair."""
+Guards = tuple[Guard, ...]
 
 
 class LineFragments(DepthFragments):
@@ -38,14 +39,18 @@ class LineFragments(DepthFragments):
     """
 
     def __init__(
-        self, program: Program, access: Access, side: str, points: Sequence[Env], box: Box, whole: bool
+        self, program: Program, box: Box, access: Access, side: str, points: Sequence[Env], whole: bool
     ) -> None:
         super().__init__(program, access)
-        self.side, self.points = side, points
-        self.guards: dict[tuple[Guard, ...], int] = {}
-        self.numbers: dict[int, int] = {}
-        addresses = self._lying(box) if whole else self._boxed(box)
-        self.offsets = {id(point): address.const for point, address in zip(points, addresses)}
+        self.side = side
+        values = [program.spotter.indices(access, point) or [] for point in points]
+        addresses, guards = (self._lying if whole else self._boxed)(box, values)
+        self._known: dict[tuple[Guards, int, int, int], list[Guard] | None] = {}
+        self.guards = list(dict.fromkeys(guards))
+        self.spots = {
+            id(point): (address.const * program.item, self.guards.index(own))
+            for point, address, own in zip(points, addresses, guards)
+        }
         first = addresses[0] + -addresses[0].const
         variables = {program.sides[side], program.sides["depth"]}
         if any(not program.variables(symbol) <= variables for symbol, _ in first.terms):
@@ -59,21 +64,18 @@ class LineFragments(DepthFragments):
         if len(self.line.terms) + len(self.place.terms) > len(first.terms) or (self.parity and self.step > 1):
             raise ScheduleError(f"pairs of {access} begin at elements that a side and the depth decide.")
 
-    def _boxed(self, box: Box) -> list[Linear]:
-        """Of each point, the address of what it reads in the box; lines begin at multiples of words."""
-        program = self.program
-        values = [program.spotter.indices(self.access, point) or [] for point in self.points]
-        made = aligned(box)[0]
+    def _boxed(self, box: Box, values: Sequence[Sequence[Linear]]) -> tuple[list[Linear], list[Guards]]:
+        """Of each point, the address of what it reads in the box, which has zeros where the tensor has no
+        elements; lines begin at multiples of words."""
+        program, made = self.program, aligned(box)[0]
         unit = max(program.pair, made.width)
         self.box = without_conflicts(made, unit, conflicts_of(program, values[0], self.side))
         self.arrival = Arrival(program, self.box)
-        self.guards[()] = 0
-        return [self.box.address(value) for value in values]
+        return [self.box.address(value) for value in values], [()] * len(values)
 
-    def _lying(self, box: Box) -> list[Linear]:
-        """Of each point, the address of what it reads in a box that has whole dimensions as they lie."""
+    def _lying(self, box: Box, values: Sequence[Sequence[Linear]]) -> tuple[list[Linear], list[Guards]]:
+        """The same in a box that has whole dimensions as they lie, and what is to be tested of those."""
         program = self.program
-        values = [program.spotter.indices(self.access, point) or [] for point in self.points]
         found = lying(box, conflicts_of(program, values[0], self.side))
         if found is None:
             raise ScheduleError(f"{self.access} is read along lines that a program has a part of.")
@@ -82,12 +84,9 @@ class LineFragments(DepthFragments):
         bounds = [address.bounds(program.spotter.counts) for address in addresses]
         reach = min(low for low, _ in bounds), max(high for _, high in bounds) + program.pair
         self.arrival = LyingArrival(program, self.box, reach)
-        for value in values:
-            self.guards.setdefault(self._guards(value, whole), len(self.guards))
-        self.numbers = {id(p): self.guards[self._guards(v, whole)] for p, v in zip(self.points, values)}
-        return addresses
+        return addresses, [self._guards(value, whole) for value in values]
 
-    def _guards(self, values: Sequence[Linear], dims: Iterable[int]) -> tuple[Guard, ...]:
+    def _guards(self, values: Sequence[Linear], dims: Iterable[int]) -> Guards:
         """What is to be tested of the indices of some dimensions."""
         found = []
         for d in dims:
@@ -99,13 +98,19 @@ class LineFragments(DepthFragments):
 
     def at(self, point: Env) -> At:
         """How far a point's elements are from the first, in bytes, and which guards they have."""
-        return self.offsets[id(point)] * self.program.item, self.numbers.get(id(point), 0)
+        return self.spots[id(point)]
 
-    def tested(self, guards: tuple[Guard, ...], number: int, half: int, element: int) -> list[Guard] | None:
+    def tested(self, guards: Guards, number: int, half: int, element: int) -> list[Guard] | None:
         """The guards of one element of a pair that not all lanes pass; None: there is one that no lane does.
 
         number: of a fragment's eight lines.  half: of a piece, which of its two pairs.
         """
+        key = guards, number, half, element
+        if key not in self._known:  # most points have the guards of others
+            self._known[key] = self._failed(*key)
+        return self._known[key]
+
+    def _failed(self, guards: Guards, number: int, half: int, element: int) -> list[Guard] | None:
         begin, length = half * self.program.chunk + element, self.program.nest.lengths["depth"]
         lines = range(number * EIGHT, min((number + 1) * EIGHT, self._lines))
         last = length - self.program.pair + element  # where lanes are that have none
@@ -198,8 +203,7 @@ class LineLoads(DepthLoads[LineFragments]):
 
     def _pair(self, name: str, factor: LineFragments, number: int, half: int, at: At) -> str:
         """A lane's two elements of a line, so far from the first; zero outside of the tensor."""
-        guards = next(guards for guards, n in factor.guards.items() if n == at[1])
-        mask = self._mask(factor, guards, number, half)
+        mask = self._mask(factor, factor.guards[at[1]], number, half)
         if mask is None:
             return "0"
         offset, line = at[0] // self.program.item, f"{name}{number}"
@@ -218,18 +222,18 @@ class LineLoads(DepthLoads[LineFragments]):
     def _word(self, begin: str, number: int) -> str:
         return self._named("word", f"word({begin} + {number * REGISTER})")
 
-    def _mask(self, factor: LineFragments, guards: tuple[Guard, ...], number: int, half: int) -> str | None:
+    def _mask(self, factor: LineFragments, guards: Guards, number: int, half: int) -> str | None:
         """The elements of a pair that are in the tensor, if some lanes have others; None: there are none."""
         own = [factor.tested(guards, number, half, element) for element in range(2)]
         if own == [None, None]:
             return None
         if own == [[], []]:
             return ""
-        low, high = (self._test(factor, tested, half, number, n) for n, tested in enumerate(own))
+        low, high = (self._test(factor, tested, number, half, n) for n, tested in enumerate(own))
         return self._named("mask", f"({low} ? {LOW} : 0) | ({high} ? {HIGH} : 0)")
 
     def _test(
-        self, factor: LineFragments, tested: Sequence[Guard] | None, half: int, number: int, element: int
+        self, factor: LineFragments, tested: Sequence[Guard] | None, number: int, half: int, element: int
     ) -> str:
         if not tested:
             return "false" if tested is None else "true"

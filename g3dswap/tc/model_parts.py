@@ -106,7 +106,7 @@ def part_of(nest: Nest, access: Access, level: int, whole: bool = False, lines: 
     for index, span, extent, stride in sorted(dims, key=lambda dim: dim[3]):
         if stride == 1 and span > 1:
             turned = not lines and not index.axes & side
-            moves = [c * _inside(nest, a, level) for a, c in index.terms if is_outside(nest, a, level)]
+            moves = [c * _inside(nest, a, level) for a, c in index.terms if _is_outside(nest, a, level)]
             steps = (_fixed(roles, index, size), extent or 0, *moves)
             width = next(
                 w for w in (8, 4, 2, 1) if w * size <= WIDEST and w <= span and not any(s % w for s in steps)
@@ -127,8 +127,7 @@ def _lying(nest: Nest, access: Access, level: int, spans: Sequence[int]) -> tupl
     elements, found, size, others = math.prod(spans), (1, 0), 1, [stride for *_, stride in dims]
     widest = WIDEST // ITEM_BYTES[tensor.dtype]
     for index, span, extent, stride in dims:
-        outside = any(is_outside(nest, axis, level) for axis in index.axes)
-        if not extent or outside or span < extent or (extent > 1 and stride != size):
+        if not extent or not _is_whole(nest, index, level, span, extent) or (extent > 1 and stride != size):
             break
         size, elements = size * extent, elements // span * extent
         others.remove(stride)
@@ -143,14 +142,19 @@ def _slab(nest: Nest, access: Access, level: int, spans: Sequence[int]) -> int:
     size, whole = 1, True
     dims = zip(access.indices, spans, tensor.shape, tensor.strides)
     for index, span, extent, stride in sorted(dims, key=lambda dim: dim[3]):
-        outside = any(is_outside(nest, axis, level) for axis in index.axes)
-        if whole and extent and not outside and span >= extent and (extent == 1 or stride == size):
+        own = whole and _is_whole(nest, index, level, span, extent or 0)
+        if own and extent and (extent == 1 or stride == size):
             size *= extent
         elif span == 1 or (whole and stride == size and len(index.terms) == 1):
             size, whole = size * span, False
         else:
             return 0
     return size
+
+
+def _is_whole(nest: Nest, index: Index, level: int, span: int, extent: int) -> bool:
+    """Whether the loops inside of a level, which read so many elements, read all of a dimension."""
+    return span >= extent and not any(_is_outside(nest, axis, level) for axis in index.axes)
 
 
 def _fixed(roles: Roles, index: Index, size: int) -> int:
@@ -161,7 +165,7 @@ def _fixed(roles: Roles, index: Index, size: int) -> int:
     return index.offset % (REGISTER // size) if roles.along else index.offset
 
 
-def is_outside(nest: Nest, axis: str, level: int) -> bool:
+def _is_outside(nest: Nest, axis: str, level: int) -> bool:
     """Whether an axis has steps outside of a level."""
     fused = nest.fusion_of(axis)
     names = (axis, fused.name) if fused else (axis,)

@@ -122,8 +122,7 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
     *_, second, first = sorted((alone, together, memory))
     spilled = max(1.0, work.registers / most) ** 2
     launches = LAUNCH + (TOTAL if partials_of(nest, batch) > 1 else 0.0)
-    scale = work.scale
-    return scale * (launches + spilled * (first + OVERLAP * second)) + programs * work.pieces * PIECE
+    return work.scale * (launches + spilled * (first + OVERLAP * second)) + programs * work.pieces * PIECE
 
 
 def waves_of(programs: int, resident: int) -> float:

@@ -137,10 +137,8 @@ class Product:
         rows, cols, depth = sides["rows"], sides["cols"], sides["depth"]
         staged = bool(schedule.stage)
         apart = tuple((d.axis, d.count or 1) for d in schedule.digits if d.bind == "warps")
-        rewrites, flags = (
-            (schedule.pack, schedule.skew),
-            (bool(schedule.hint(n, 0)) for n in ("whole", "lines")),
-        )
+        rewrites = schedule.pack, schedule.skew
+        flags = (bool(schedule.hint(name, 0)) for name in ("whole", "lines"))
         return cls(rows, cols, depth, *rewrites, tile, grid, *hints, across, staged, apart, teams, *flags)
 
 
