@@ -1,6 +1,7 @@
 """Runs printed CUDA C++ without a GPU: every thread is a fiber, and a warp meets where lanes exchange data.
 
-Half of the programs run in another order than that of the threads, so that who waits for too few shows.
+The programs of a cluster run together, others one after another.  Half of them run in another order than that
+of the threads, so that who waits for too few shows.
 
 The prelude is replaced by one for a C++ compiler.  Shared memory holds NaN before a program begins and where
 a copy is on its way, so that what is read too early or never written shows in the result, and ends where the
@@ -45,6 +46,7 @@ PRELUDE = r"""
 #define __shared__
 #define __restrict__ __restrict
 #define __launch_bounds__(threads)
+#define __cluster_dims__(x, y, z)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 using std::min;
 typedef unsigned short u16;
@@ -52,19 +54,22 @@ typedef unsigned int u32;
 typedef long long i64;
 struct uint2 { u32 x, y; };
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
-enum { MOST = @SHARED@, STACK = 256 * 1024 };
-alignas(128) unsigned char memory[MOST + 4096];
+enum { MOST = @SHARED@, STACK = 256 * 1024, PROGRAMS = @CLUSTER@ };
+alignas(128) unsigned char memories[PROGRAMS][(MOST + 4096 + 127) / 128 * 128];
+static unsigned own_rank;
+#define memory memories[own_rank]
 
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
-enum State { RUNS, AT_WARP, AT_TEAM, AT_BLOCK, DONE };
+enum State { RUNS, AT_WARP, AT_TEAM, AT_BLOCK, AT_CLUSTER, DONE };
 struct Copy { void* to; const void* from; int bytes; };
 // copies: those of groups that have ended, the oldest first, and of the one that has not.
 struct Fiber {
   ucontext_t context; std::unique_ptr<char[]> stack; State state; u32 mail[6]; int team, mates;
   std::vector<std::vector<Copy>> copies;
 };
-static std::vector<Fiber> fibers;
+static std::vector<Fiber> programs[PROGRAMS];
+#define fibers programs[own_rank]
 static ucontext_t scheduler;
 static void wait_at(State state) {
   Fiber& own = fibers[threadIdx.x];
@@ -73,6 +78,7 @@ static void wait_at(State state) {
 }
 static Fiber& lane(int i) { return fibers[threadIdx.x / 32 * 32 + i]; }
 static void __syncthreads() { wait_at(AT_BLOCK); }
+static void meet_cluster() { wait_at(AT_CLUSTER); }
 template <int THREADS> static void meet(int team) {
   fibers[threadIdx.x].team = team;
   fibers[threadIdx.x].mates = THREADS;
@@ -108,6 +114,12 @@ static void inside(const void* p, int bytes) {
     fprintf(stderr, "outside of shared memory\n");
     abort();
   }
+}
+static float of_program(u32 rank, const float* own) {
+  inside(own, 4);
+  float found;
+  memcpy(&found, memories[rank] + address(own), 4);
+  return found;
 }
 static void carried_out(const Copy& it) {
   if (it.from) memcpy(it.to, it.from, it.bytes); else memset(it.to, 0, it.bytes);
@@ -267,58 +279,81 @@ static void start() {
   kernel(@ARGUMENTS@);
   fibers[threadIdx.x].state = DONE;
 }
-extern "C" int launch(int programs, int threads, void** with) {
+// How a program's threads stand once they have run as far as they can: DONE, AT_CLUSTER, or RUNS if some can
+// go on; or what went wrong.
+static int standing(int threads) {
+  int done = 0, waiting = 0, ready = 0;
+  for (const Fiber& each : fibers) {
+    done += each.state == DONE;
+    waiting += each.state == AT_BLOCK;
+    ready += each.state == AT_CLUSTER;
+  }
+  if (done == threads) return DONE;
+  if (ready == threads) return AT_CLUSTER;
+  if (waiting + ready + done == threads) {
+    if (waiting < threads) return -1;  // some threads wait for others that have ended, or wait elsewhere
+    for (Fiber& each : fibers) each.state = RUNS;
+    return RUNS;
+  }
+  bool moves = false;
+  for (int first = 0; first < threads; first += 32) {
+    int met = 0;
+    for (int i = 0; i < 32; ++i) met += fibers[first + i].state == AT_WARP;
+    if (met && met < 32) return -2;  // lanes of a warp are at different places
+    if (met) for (int i = 0; i < 32; ++i) fibers[first + i].state = RUNS;
+    moves |= met > 0;
+  }
+  for (int team = 0; team < threads / 32; ++team) {
+    auto waits = [&](const Fiber& it) { return it.state == AT_TEAM && it.team == team; };
+    std::vector<Fiber*> met;
+    for (Fiber& each : fibers) if (waits(each)) met.push_back(&each);
+    if (met.empty() || (int)met.size() < met[0]->mates) continue;
+    for (Fiber* each : met) each->state = RUNS;
+    moves = true;
+  }
+  for (const Fiber& each : fibers) moves |= each.state == RUNS;
+  return moves ? RUNS : -1;
+}
+extern "C" int launch(int count, int threads, void** with) {
   arguments = with;
-  for (int program = 0; program < programs; ++program) {
-    blockIdx.x = program;
-    memset(memory, 0xff, sizeof memory);
-    fibers = std::vector<Fiber>(threads);
-    for (int i = 0; i < threads; ++i) {
-      Fiber& made = fibers[i];
-      made.state = RUNS;
-      made.copies.resize(1);
-      made.stack.reset(new char[STACK]);
-      getcontext(&made.context);
-      made.context.uc_stack.ss_sp = made.stack.get();
-      made.context.uc_stack.ss_size = STACK;
-      made.context.uc_link = &scheduler;
-      makecontext(&made.context, start, 0);
+  for (int first = 0; first < count; first += PROGRAMS) {
+    for (own_rank = 0; own_rank < PROGRAMS; ++own_rank) {
+      memset(memory, 0xff, sizeof memory);
+      fibers = std::vector<Fiber>(threads);
+      for (Fiber& made : fibers) {
+        made.state = RUNS;
+        made.copies.resize(1);
+        made.stack.reset(new char[STACK]);
+        getcontext(&made.context);
+        made.context.uc_stack.ss_sp = made.stack.get();
+        made.context.uc_stack.ss_size = STACK;
+        made.context.uc_link = &scheduler;
+        makecontext(&made.context, start, 0);
+      }
     }
-    for (;;) {
-      // In every other program the last warp that runs goes on alone as far as it can, ahead of all others.
-      int last = 0;
-      for (int i = 0; i < threads; ++i) if (program % 2 && fibers[i].state == RUNS) last = i / 32 * 32;
-      int done = 0, waiting = 0;
-      for (int i = 0; i < threads; ++i) {
-        threadIdx.x = i;
-        if (fibers[i].state == RUNS && i >= last) swapcontext(&scheduler, &fibers[i].context);
-        done += fibers[i].state == DONE;
-        waiting += fibers[i].state == AT_BLOCK;
+    for (int done = 0; done < PROGRAMS;) {
+      int ready = done = 0;
+      for (own_rank = 0; own_rank < PROGRAMS; ++own_rank) {
+        blockIdx.x = first + own_rank;
+        int state = RUNS;
+        while (state == RUNS) {
+          // In every other program the last warp that runs goes on alone as far as it can, ahead of others.
+          int last = 0;
+          for (int i = 0; i < threads; ++i) if (blockIdx.x % 2 && fibers[i].state == RUNS) last = i / 32 * 32;
+          for (int i = last; i < threads; ++i) {
+            threadIdx.x = i;
+            if (fibers[i].state == RUNS) swapcontext(&scheduler, &fibers[i].context);
+          }
+          state = standing(threads);
+        }
+        if (state < 0) return -state;
+        if (state == DONE) memset(memory, 0xff, sizeof memory);  // nobody may read it any more
+        done += state == DONE;
+        ready += state == AT_CLUSTER;
       }
-      if (done == threads) break;
-      if (waiting + done == threads) {
-        if (done) return 1;  // some threads wait for others that have ended
-        for (Fiber& each : fibers) each.state = RUNS;
-        continue;
-      }
-      bool moves = false;
-      for (int first = 0; first < threads; first += 32) {
-        int met = 0;
-        for (int i = 0; i < 32; ++i) met += fibers[first + i].state == AT_WARP;
-        if (met && met < 32) return 2;  // lanes of a warp are at different places
-        if (met) for (int i = 0; i < 32; ++i) fibers[first + i].state = RUNS;
-        moves |= met > 0;
-      }
-      for (int team = 0; team < threads / 32; ++team) {
-        auto waits = [&](const Fiber& it) { return it.state == AT_TEAM && it.team == team; };
-        std::vector<Fiber*> met;
-        for (Fiber& each : fibers) if (waits(each)) met.push_back(&each);
-        if (met.empty() || (int)met.size() < met[0]->mates) continue;
-        for (Fiber* each : met) each->state = RUNS;
-        moves = true;
-      }
-      for (const Fiber& each : fibers) moves |= each.state == RUNS;
-      if (!moves) return 1;
+      if (ready && done) return 1;  // some programs wait for others that have ended
+      if (!ready) continue;
+      for (auto& all : programs) for (Fiber& each : all) each.state = RUNS;
     }
   }
   return 0;
@@ -358,6 +393,7 @@ def _emulated(nest: Nest, source: str) -> str:
     prelude = PRELUDE.replace("@SHARED@", str(shared_bytes(source)))
     prelude = prelude.replace("@HALF@", str(int(dtype == "float16")))
     prelude = prelude.replace("@SINGLE@", str(int(dtype == "float32")))
+    prelude = prelude.replace("@CLUSTER@", str(nest.cluster))
     assert prelude_cuda(dtype) in source and MEMORY in source
     source = source.replace(prelude_cuda(dtype), prelude).replace(MEMORY, "")
     parameters = re.search(r"\nkernel\((.*)\) \{", source)

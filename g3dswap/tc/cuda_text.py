@@ -42,7 +42,7 @@ class CudaText:
             for i, p in enumerate(nest.loops)
         }
         self.sides = {p.bind: f"v{i}" for i, p in enumerate(nest.loops) if p.bind in SIDE_BINDS}
-        self.grid = [i for i, p in enumerate(nest.loops) if p.bind == "grid"]
+        self.grid = range(nest.grid_loops)
         self.outside = len(self.grid)
         self.is_crowded = False
 

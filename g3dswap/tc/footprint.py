@@ -42,7 +42,7 @@ class Footprint:
 def runs_of(nest: Nest, batch: int) -> tuple[int, int]:
     """How many programs run a scheduled nest, and how often each executes the register tile."""
     counts = nest.counts(batch)
-    programs = math.prod(c for c, loop in zip(counts, nest.loops) if loop.bind == "grid")
+    programs = math.prod(counts[: nest.grid_loops])
     return programs, math.prod(counts[: nest.tile_start]) // programs
 
 

@@ -49,7 +49,7 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
 
     room: bytes of shared memory that a program can have.
     """
-    grid, warps = sum(p.bind == "grid" for p in nest.loops), settings.warps
+    grid, warps = nest.grid_loops, settings.warps
     factors, out = image_and_other(nest), part_of(nest, nest.output, grid)
     parts = [part_of(nest, factor, grid) for factor in factors]
     shared = max(sum(part.room(1) * part.size for part in parts), out.room(1) * out.size)

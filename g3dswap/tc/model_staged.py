@@ -26,6 +26,8 @@ from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, WARP
 
 LAUNCH, TOTAL = 4.5e-6, 8e-6
 """Seconds of a launch, and of the second stage of a split reduction."""
+CLUSTER = 1e-6
+"""Seconds until the programs of a cluster have met and added up their sums."""
 BANDWIDTH = 2.5e12
 """Bytes of memory in a second."""
 L2 = 5.5e12
@@ -122,6 +124,7 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
     *_, second, first = sorted((alone, together, memory))
     spilled = max(1.0, work.registers / most) ** 2
     launches = LAUNCH + (TOTAL if partials_of(nest, batch) > 1 else 0.0)
+    launches += CLUSTER if nest.cluster > 1 else 0.0
     return work.scale * (launches + spilled * (first + OVERLAP * second)) + programs * work.pieces * PIECE
 
 
@@ -146,7 +149,7 @@ def _rows(nest: Nest, settings: Settings, runs: int) -> _Work:
     level = stage.level
     warps = settings.warps
     part, groups = part_of(nest, image, level, settings.whole), _groups(nest)
-    kernel = part_of(nest, other, sum(p.bind == "grid" for p in nest.loops))
+    kernel = part_of(nest, other, nest.grid_loops)
     steps = math.prod(p.count or 1 for p in nest.loops[:level] if p.bind == "serial")
     buffers = min(BUFFERS, steps)
     busy, alike = _shared_out(rows, warps, groups)

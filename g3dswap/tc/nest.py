@@ -43,7 +43,9 @@ from .linear import Linear
 from .pointwise import fault
 from .syntax import Expr, Name, Ref
 
-BINDS = ("grid", "serial", "unroll", "lanes", "rows", "cols", "depth", "warps")
+BINDS = ("grid", "cluster", "serial", "unroll", "lanes", "rows", "cols", "depth", "warps")
+GRID_BINDS = ("grid", "cluster")
+"""Of loops whose steps are programs; those of a cluster add up their sums without writing them to memory."""
 TILE_BINDS = ("unroll", "lanes", "rows", "cols", "depth", "warps")
 SIDE_BINDS = ("rows", "cols", "depth")
 VECTOR_BINDS = ("lanes", *SIDE_BINDS)
@@ -246,7 +248,7 @@ class Nest:
         if not any(loop.count is None and loop.bind == "grid" for loop in self.loops):
             return None
         inner = [loop.count or 1 for i, loop in enumerate(self.loops) if self.is_in_block(i)]
-        others = math.prod(loop.count or 1 for loop in self.loops if loop.bind == "grid")
+        others = math.prod(loop.count or 1 for loop in self.loops if loop.bind in GRID_BINDS)
         return Blocks(inner[0] if inner else 1, others)
 
     @property
@@ -276,6 +278,16 @@ class Nest:
     def operands(self) -> tuple[str, ...]:
         """The input tensors, in the order in which a kernel takes them."""
         return tuple(t.name for t in self.tensors if t.name != self.output.tensor)
+
+    @property
+    def grid_loops(self) -> int:
+        """How many loops have programs as steps; all others are inside of them."""
+        return sum(loop.bind in GRID_BINDS for loop in self.loops)
+
+    @property
+    def cluster(self) -> int:
+        """How many programs a cluster has."""
+        return math.prod(loop.count or 1 for loop in self.loops if loop.bind == "cluster")
 
     @property
     def tile_start(self) -> int:
@@ -441,14 +453,18 @@ def verify_loops(nest: Nest) -> Nest:
         _verify_digits(nest, name)
     whole = not nest.pointwise or not nest.partial_counts
     _require(whole, nest, "a pointwise expression of a sum that is split over the grid")
-    grids = sum(loop.bind == "grid" for loop in nest.loops)
+    grids = nest.grid_loops
     start, accumulate = nest.tile_start, nest.accumulate_from
     for loop in nest.loops:
         _require(loop.bind in BINDS, nest, "unknown bind {}", loop.bind)
     for i, loop in enumerate(nest.loops):
         _require(loop.bind not in VECTOR_BINDS or i >= start, nest, "{} outside the register tile", loop.bind)
-        _require((loop.bind == "grid") == (i < grids), nest, "grid inside another loop")
-        inside = i >= start or accumulate <= i or loop.bind == "grid"
+        _require((loop.bind in GRID_BINDS) == (i < grids), nest, "programs inside another loop")
+        if loop.bind == "cluster":
+            innermost = all(other.bind == "cluster" for other in nest.loops[i:grids])
+            _require(innermost, nest, "programs of a cluster that do not follow each other")
+            _require(nest.is_reduce(loop.axis), nest, "a cluster adds up {}, which is not summed", loop.axis)
+        inside = i >= start or accumulate <= i or loop.bind in GRID_BINDS
         _require(
             inside or not nest.is_reduce(loop.axis),
             nest,

@@ -35,6 +35,18 @@ template <int THREADS> static __device__ __forceinline__ void meet(int team) {
   else if constexpr (THREADS == 32) __syncwarp();
   else asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "n"(THREADS) : "memory");
 }
+// Waits for all threads of a cluster, and for what they have written to shared memory.
+static __device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+// What another program of a cluster has where `own` lies in this one.
+static __device__ __forceinline__ float of_program(u32 rank, const float* own) {
+  u32 there;
+  float found;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(own)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(found) : "r"(there) : "memory");
+  return found;
+}
 // Waits until all their groups of copies but the last so many have arrived.
 template <int GROUPS, int THREADS = 0> static __device__ __forceinline__ void arrived(int team = 0) {
   if constexpr (GROUPS == 0) asm volatile("cp.async.wait_all;" ::: "memory");

@@ -49,6 +49,8 @@ class _Printer(CopyPrinter):
         binds = [loop.bind for loop in nest.loops]
         if {"rows", "cols", "depth", "warps"} & set(binds) or binds.count("lanes") > 1:
             raise ScheduleError(f"C++ has one axis of lanes and no matrix unit, not [{', '.join(binds)}].")
+        if nest.cluster > 1:
+            raise ScheduleError("C++ has no clusters that add up sums; split them over the grid.")
         if tied := [access for access in nest.accesses if access.ties]:
             raise ScheduleError(f"C++ has no packed axes, but {tied[0]} has one; leave it unpacked.")
         if any(len(index.terms) > 1 for index in nest.output.indices):

@@ -13,7 +13,7 @@ from .lanes_cuda import LanesProgram
 from .nest import SIDE_BINDS, Nest
 from .pointwise_cuda import pointwise_cuda
 from .prelude_cuda import MEMORY, prelude_cuda
-from .program_cuda import COLS, MOST_SHARED, Program, Settings
+from .program_cuda import COLS, MOST_CLUSTER, MOST_SHARED, Program, Settings
 from .roles import image_and_other, possible
 from .rows_cuda import RowsProgram
 from .schedule import Schedule
@@ -49,6 +49,7 @@ def print_cuda(nest: Nest, settings: Settings) -> str:
     result = nest.output.tensor
     if nest.partial_counts:
         kinds[result] = "float"
+    cluster = f"__cluster_dims__({nest.cluster}, 1, 1) " if nest.cluster > 1 else ""
     parameters = [f"const {kinds[name]}* __restrict__ {name}" for name in nest.operands]
     parameters += [f"{kinds[result]}* __restrict__ {result}", "int batch"]
     return "\n".join(
@@ -57,7 +58,7 @@ def print_cuda(nest: Nest, settings: Settings) -> str:
             f"{SHARED}{program.shared}",
             prelude_cuda(nest.tensors[0].dtype),
             pointwise_cuda(nest),
-            f'extern "C" __global__ void __launch_bounds__({program.threads})',
+            f'extern "C" __global__ void {cluster}__launch_bounds__({program.threads})',
             f"kernel({', '.join(parameters)}) {{",
             f"  {MEMORY}",
             "  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;",
@@ -71,10 +72,18 @@ def print_cuda(nest: Nest, settings: Settings) -> str:
 def _program(nest: Nest, settings: Settings) -> Program:
     """What a program of this nest is: of lanes, or of a product whose rows or whose depth are positions."""
     binds = {p.bind for p in nest.loops}
+    if nest.cluster > MOST_CLUSTER:
+        raise ScheduleError(
+            f"a cluster of {nest.cluster} programs is larger than {MOST_CLUSTER}; split less."
+        )
     if "lanes" in binds and binds.isdisjoint((*SIDE_BINDS, "warps")):
-        return LanesProgram(nest, settings)
-    _check(nest, settings.warps)
-    return (DepthProgram if _sums_positions(nest) else RowsProgram)(nest, settings)
+        kind: type[Program] = LanesProgram
+    else:
+        _check(nest, settings.warps)
+        kind = DepthProgram if _sums_positions(nest) else RowsProgram
+    if nest.cluster > 1 and kind is not DepthProgram:
+        raise ScheduleError("only programs that sum positions are a cluster; split sums over the grid.")
+    return kind(nest, settings)
 
 
 def _sums_positions(nest: Nest) -> bool:

@@ -48,6 +48,8 @@ def _check(nest: Nest) -> None:
         raise ScheduleError(f"Triton has no stages, but {nest.stages[0].tensor} has one; leave it out.")
     if nest.shares:
         raise ScheduleError("Triton has no blocks of the batch; give a program one step of it, or all.")
+    if nest.cluster > 1:
+        raise ScheduleError("Triton has no clusters that add up sums; split them over the grid.")
     if any(p.bind == "warps" for p in nest.loops):
         raise ScheduleError("Triton has no loops over warps; use lanes.")
     vectors = [p for p in nest.loops if p.bind in VECTOR_BINDS]

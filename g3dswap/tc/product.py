@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from .nest import SIDE_BINDS, Nest
+from .nest import GRID_BINDS, SIDE_BINDS, Nest
+from .program_cuda import MOST_CLUSTER
 from .roles import image_and_other, nearest_last, roles_of, sides
 from .schedule import Digit, Schedule, fused_name, rewritten
 from .skew import Skew, patch_name
@@ -32,7 +35,8 @@ class Product:
     apart: a batch axis of which each warp has a step.
     teams: of warps that have steps of the loop around the product of their own.
     whole: whether what is staged is copied as it lies, where it lies together.
-    lines: whether a depth of positions is read along lines of them."""
+    lines: whether a depth of positions is read along lines of them.
+    clustered: whether programs that split a reduction, but not the batch, are a cluster."""
 
     rows: Side
     cols: Side
@@ -50,6 +54,7 @@ class Product:
     teams: int = 1
     whole: bool = False
     lines: bool = False
+    clustered: bool = False
 
     @property
     def sides(self) -> dict[str, Side]:
@@ -71,7 +76,8 @@ class Product:
         grid = [n for n in names if not reduces(whole, n) or n in split]
         if self.apart:  # or what programs take of the same lines of memory comes at different times
             grid = nearest_last(whole, grid)
-        digits = [Digit(n, None, "grid") for n in grid]
+        bind = {n: "cluster" for n in grid if self.clustered and n != _batch(whole) and reduces(whole, n)}
+        digits = [Digit(n, None, bind.get(n, "grid")) for n in sorted(grid, key=bind.__contains__)]
         looped = walks_of(whole, grid, split) + [n for n in reductions if split.get(n) != 1]
         digits += [Digit(n, split.get(n), "serial") for n in looped]
         digits += [Digit(a, c, "warps") for a, c in self.apart]
@@ -99,9 +105,9 @@ class Product:
     def _stages(self, nest: Nest, digits: Sequence[Digit]) -> tuple[tuple[str, int], ...]:
         """The image, outside of what is summed, where its positions are rows; else both factors, inside."""
         image, other = image_and_other(nest)
-        outside = [d for d in digits if d.bind in ("grid", "serial")]
+        outside = [d for d in digits if d.bind in (*GRID_BINDS, "serial")]
         if roles_of(nest).along:
-            results = sum(d.bind == "grid" or not reduces(nest, d.axis) for d in outside)
+            results = sum(d.bind in GRID_BINDS or not reduces(nest, d.axis) for d in outside)
             return ((image.tensor, results),)
         return (image.tensor, len(outside)), (other.tensor, len(outside))
 
@@ -131,15 +137,21 @@ class Product:
         unrolled = [d for d in schedule.digits if d.bind == "unroll"]
         tile = tuple((d.axis, d.count or 1) for d in unrolled if not d.phase or d.axis in own)
         steps = {d.axis: d.count or 1 for d in schedule.digits if d.bind == "serial"}
-        grid = tuple((d.axis, steps.get(d.axis, 1)) for d in schedule.digits if d.bind == "grid")
+        grid = tuple((d.axis, steps.get(d.axis, 1)) for d in schedule.digits if d.bind in GRID_BINDS)
         hints = (schedule.hint("warps", 4), schedule.hint("stages", 2), schedule.hint("ahead", 0))
         across, teams = bool(schedule.hint("across", 0)), schedule.hint("teams", 1)
         rows, cols, depth = sides["rows"], sides["cols"], sides["depth"]
         staged = bool(schedule.stage)
         apart = tuple((d.axis, d.count or 1) for d in schedule.digits if d.bind == "warps")
         rewrites = schedule.pack, schedule.skew
-        flags = (bool(schedule.hint(name, 0)) for name in ("whole", "lines"))
+        flags = tuple(bool(schedule.hint(name, 0)) for name in ("whole", "lines"))
+        flags = *flags, any(d.bind == "cluster" for d in schedule.digits)
         return cls(rows, cols, depth, *rewrites, tile, grid, *hints, across, staged, apart, teams, *flags)
+
+
+def _batch(nest: Nest) -> str | None:
+    """The axis whose extent only calls know."""
+    return next((axis.name for axis in nest.axes if axis.extent is None), None)
 
 
 def _group(groups: list[tuple[str, ...]], axis: str) -> tuple[str, ...]:
@@ -173,5 +185,27 @@ def splits(
     blocks: bool = False,
 ) -> list[Split]:
     """Reductions to split, for a product with these sides and a tile; `nest` is the rewritten one."""
-    named = {fused_name(axes): (axes, width) for axes, width in own}
-    return split_reductions(nest, named, dict(tile), batch, wanted, blocks)
+    return split_reductions(nest, _named(own), dict(tile), batch, wanted, blocks)
+
+
+def clusters(nest: Nest, own: tuple[Side, ...], tile: Tile, batch: int = BATCH, most: int = 4) -> list[Split]:
+    """Reductions to split over the programs of a cluster, of which each then has all of the batch.
+
+    At most so many ways, those with the most programs first and, of these, with the fewest steps left over.
+    """
+    steps = steps_outside(nest, _named(own), dict(tile), batch)
+    named = [(n, count) for n, count in steps.items() if count > 1 and reduces(nest, n) and n != _batch(nest)]
+    alike = [{-(-count // parts) for parts in range(1, MOST_CLUSTER + 1)} for _, count in named]
+    ranked = []
+    for shares in itertools.product(*alike):
+        parts = [-(-count // share) for (_, count), share in zip(named, shares)]
+        programs = math.prod(parts)
+        if 1 < programs <= MOST_CLUSTER:
+            left = math.prod(map(operator.mul, parts, shares))
+            split = tuple((n, share) for (n, _), share, part in zip(named, shares, parts) if part > 1)
+            ranked.append((-programs, left, split))
+    return [split for _, _, split in sorted(ranked)][:most]
+
+
+def _named(own: tuple[Side, ...]) -> dict[str, Side]:
+    return {fused_name(axes): (axes, width) for axes, width in own}

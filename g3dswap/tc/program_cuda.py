@@ -22,6 +22,8 @@ ROWS, COLS = 16, 8
 """Of one product of the matrix unit."""
 SHARED, MOST_SHARED = 228 * 1024, 227 * 1024
 """Bytes of shared memory of a multiprocessor, and of a program at most, on an H100."""
+MOST_CLUSTER = 8
+"""Programs of a cluster, on any GPU that has clusters."""
 MOST_ACCUMULATORS = 216
 """Registers of a thread that sums may take."""
 CROWDED = 190

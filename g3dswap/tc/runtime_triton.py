@@ -103,7 +103,7 @@ class Programs:
     """The number of programs for a batch size."""
 
     def __init__(self, nest: Nest) -> None:
-        counts = [p.count for p in nest.loops if p.bind == "grid"]
+        counts = [p.count for p in nest.loops[: nest.grid_loops]]
         self.name = nest.name
         self.steps = math.prod(c for c in counts if c is not None)
         self.blocks = nest.blocks

@@ -32,7 +32,7 @@ from . import (
 from .compile_cuda import is_available
 from .model_cpp import buffers_of, check
 from .model_cpp import cost as cost_cpp
-from .nest import Nest
+from .nest import GRID_BINDS, Nest
 from .print_cuda import is_cuda
 from .product import Product, is_product
 from .program_cuda import MOST_SHARED, Settings
@@ -64,6 +64,9 @@ BANDED = 1.35
 A_FAMILY = {"cpp": 2, "triton": 6}
 """Most schedules of one family among the ranked ones, so that a wrong model cannot hide the right family."""
 
+CLUSTERS = (9, 0)
+"""The compute capability from which on programs are clusters."""
+
 CAPABLE = (8, 0)
 """The compute capability that has what kernels in CUDA C++ use, such as products of bfloat16."""
 
@@ -91,6 +94,8 @@ class Space:
         """Model seconds; infinite for a schedule that is not legal here."""
         try:
             scheduled = apply(self.nest, schedule)
+            if scheduled.cluster > 1 and not self._has_clusters:
+                return math.inf
             if self.target == "cpp":
                 buffers = buffers_of(scheduled)
                 check(scheduled, buffers)
@@ -112,6 +117,11 @@ class Space:
     def _room(self) -> int:
         """Bytes of shared memory that a program can have; asked for once, and not for each schedule."""
         return shared_bytes()
+
+    @functools.cached_property
+    def _has_clusters(self) -> bool:
+        """Whether the current GPU has clusters of programs; without one, an H100 is meant, which does."""
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= CLUSTERS
 
     @functools.cached_property
     def _families(self) -> list[list[tuple[float, Schedule]]]:
@@ -293,5 +303,5 @@ def _diverse(family: list[tuple[float, Schedule]]) -> list[tuple[float, Schedule
     """The schedules of a family, of each register tile only the best order and stage levels."""
     tiles: dict[tuple[Digit, ...], tuple[float, Schedule]] = {}
     for pair in family:
-        tiles.setdefault(tuple(d for d in pair[1].digits if d.bind not in ("grid", "serial")), pair)
+        tiles.setdefault(tuple(d for d in pair[1].digits if d.bind not in (*GRID_BINDS, "serial")), pair)
     return list(tiles.values())

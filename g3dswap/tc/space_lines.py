@@ -14,16 +14,16 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from .nest import Nest
-from .product import Product, Side, Skews, by_tile, splits
+from .product import Product, Side, Skews, by_tile
 from .program_cuda import COLS, ROWS, deep_of
 from .roles import image_and_other, possible, roles_of, sides
 from .schedule import rewritten
 from .skew import Skew, patch_name, shifted_by
 from .space_staged import (
     LINES,
-    PROGRAMS,
     by_steps,
     choices_of,
+    divisions,
     is_small,
     sharing_of,
     steps_in,
@@ -129,8 +129,9 @@ def _every(nest: Nest, batch: int, skews: Skews, thorough: bool) -> Iterator[Pro
             tile, three = (*own, *window), (rows, cols, depth)
             if not is_small(nest, tile, rows, cols, depth, False):
                 continue
-            for split in splits(nest, three, tile, batch, PROGRAMS, blocks=True):
+            for split, clustered in divisions(nest, three, tile, batch, thorough):
                 made = Product(*three, (), skews, tile, split, 1, 1, 0, staged=True, whole=whole, lines=True)
+                made = replace(made, clustered=clustered)
                 looped = made.loops(nest, batch)
                 for (warps, teams), stages in itertools.product(numbers, (1, 2) if looped else (1,)):
                     if looped or teams == 1:

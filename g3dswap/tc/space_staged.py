@@ -19,7 +19,7 @@ from dataclasses import replace
 from ..errors import ScheduleError
 from .box import WIDEST
 from .nest import ENOUGH, Access, Nest
-from .product import Packs, Product, Side, Skews, by_tile, splits
+from .product import Packs, Product, Side, Skews, by_tile, clusters, splits
 from .program_cuda import COLS, MOST_ACCUMULATORS, ROWS, deep_of
 from .roles import Roles, added, batches, by_step, image_and_other, nearest, possible, roles_of, sides
 from .schedule import apply, fused_name, rewritten
@@ -197,17 +197,26 @@ def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) 
             three = rows, share, depth
             steps = _steps_outside(nest, batch, three, (*tile, *apart)) if roles.along or turned else {}
             if roles.along:
-                found = _walks(nest, steps, place, outside, thorough)
+                found = [(split, False) for split in _walks(nest, steps, place, outside, thorough)]
             else:
-                found = splits(nest, three, (*tile, *apart), batch, PROGRAMS, blocks=True)
+                found = divisions(nest, three, (*tile, *apart), batch, thorough)
             copies = (False, True) if turned and _are_all_inside(steps, three, roles.positions) else (False,)
-            for split in found:
+            for split, clustered in found:
                 made = Product(*three, *form, tile, split, 1, 1, 0, staged=True, apart=apart)
+                made = replace(made, clustered=clustered)
                 looped = not roles.along and made.loops(nest, batch)
                 buffers = (1, 2) if looped else (1,)
                 numbers = [(count, 1) for _, count in apart] or teams_of(sharing, looped, thorough)
                 for (warps, teams), stages, lies in itertools.product(numbers, buffers, copies):
                     yield replace(made, warps=warps, stages=stages, teams=teams, whole=lies)
+
+
+def divisions(
+    nest: Nest, own: tuple[Side, ...], tile: Tile, batch: int, thorough: bool
+) -> list[tuple[Split, bool]]:
+    """Ways to split a reduction, each with whether those programs are a cluster."""
+    found = [(split, False) for split in splits(nest, own, tile, batch, PROGRAMS, blocks=True)]
+    return found + [(split, True) for split in clusters(nest, own, tile, batch, *(() if thorough else (1,)))]
 
 
 def _shares(side: Side, unit: int) -> list[Side]:
@@ -420,4 +429,4 @@ def choices_of(nest: Nest, product: Product) -> tuple[object, ...]:
     split = {*of_reductions(nest, product.split)}
     sides = product.rows, product.cols, product.depth
     workers = product.apart or (product.warps, product.teams)
-    return sides, product.tile, split, workers, product.stages, product.whole
+    return sides, product.tile, (split, product.clustered), workers, product.stages, product.whole

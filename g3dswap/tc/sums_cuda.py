@@ -3,12 +3,14 @@
 Sums go to shared memory as they lie in the product, those of as many warps at a time as there is room for.
 Then each thread has results, neighbouring threads neighbouring ones, and adds up what belongs to each in a
 fixed order: the same sum of every warp, and the replicas of a skewed axis, whose results are diagonals.
+Programs of a cluster then add up what each of them has found, and each writes a part of the results.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import ScheduleError
@@ -88,23 +90,47 @@ class DepthSums:
 
     def store(self) -> None:
         """Write the results."""
-        program = self.program
+        program, cluster = self.program, self.nest.cluster
         spot = program.spotter.spot(self.nest.output, {})
         assert spot is not None
         loops = [*program.parallel, *(int(own[1:]) for own in program.apart)]
         results = [self._loop(i, spot.address.coefficient(f"v{i}")) for i in loops]
         places, added, begin = self._places()
         results = sorted([*results, *places], key=lambda digit: digit.near)
+        there = program.where(spot, None, program.shift())
+        written = program.test(spot), f"narrow({there}, {program.finished('found', {})});"
+        if cluster > 1:
+            behind = self.slots * self.size
+            program.emit(f"float* const own = all + {behind};")
+            program.shared = max(program.shared, (behind + math.prod(digit.count for digit in results)) * 4)
+        with self._each(results, begin, "thread", program.threads):
+            self._find(added)
+            if cluster > 1:
+                program.emit("own[e] = found;")
+            else:
+                program.emit_if(*written)
+        if cluster > 1:
+            program.emit("meet_cluster();")
+            first = f"blockIdx.x % {cluster} * {program.threads} + thread"
+            with self._each(results, begin, first, cluster * program.threads):
+                program.emit("float found = 0.0f;", "#pragma unroll", f"for (int i = 0; i < {cluster}; ++i)")
+                program.emit("  found += of_program(i, own + e);")
+                program.emit_if(*written)
+            program.emit("meet_cluster();")  # until then others read what this program has found
+
+    @contextmanager
+    def _each(
+        self, results: Sequence[_Digit], begin: Mapping[str, int], first: str, step: int
+    ) -> Iterator[None]:
+        """A thread's loop over results `e`, from the first in such steps, and where each is found."""
         total = math.prod(digit.count for digit in results)
-        with program.block(f"for (int e = thread; e < {total}; e += {program.threads})"):
+        with self.program.block(f"for (int e = {first}; e < {total}; e += {step})"):
             self._decode(results)
             for side in SIDES:
                 steps = ((digit.name, getattr(digit, side)) for digit in results)
                 moved = "".join(f" + {name} * {step}" for name, step in steps if step)
-                program.emit(f"const int {side} = {begin[side]}{moved};")
-            self._find(added)
-            there = program.where(spot, None, program.shift())
-            program.emit_if(program.test(spot), f"narrow({there}, {program.finished('found', {})});")
+                self.program.emit(f"const int {side} = {begin[side]}{moved};")
+            yield
 
     def _loop(self, i: int, near: int) -> _Digit:
         """A loop of the nest whose steps have sums of their own."""
