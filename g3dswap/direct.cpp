@@ -57,6 +57,7 @@ struct Step {
   int64_t programs = 0;
   int64_t block = 0;  // so many programs for each block of the batch, of so many steps at most; 0: whatever that is
   unsigned threads = 0, shared = 0;
+  int early = 0;  // whether it waits by itself for the kernel before it
   int hidden = 0;  // pointers that Triton appends to a kernel's parameters, for features that are not used
 
   // Blocks of a batch (`Blocks` of nest.py).
@@ -69,14 +70,31 @@ struct Step {
 constexpr int64_t MOST_PROGRAMS = std::numeric_limits<int32_t>::max();
 constexpr uintptr_t ALIGNMENT = 16;  // of what Triton's kernels read and write
 
+// CUlaunchAttribute and CUlaunchConfig of the CUDA driver.
+struct Attribute {
+  int id = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+  int none = 0;
+  union {
+    int allowed = 1;
+    char room[64];
+  };
+};
+struct Config {
+  std::array<unsigned, 3> grid, block;
+  unsigned shared;
+  void* stream;
+  Attribute* attributes;
+  unsigned count;
+};
+
 // The CUDA driver's functions, looked up where the driver is: nothing of CUDA is needed to compile this.
 struct Driver {
-  int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+  int (*launch)(const Config*, void*, void**, void**);
   int (*parameter)(void*, size_t, size_t*, size_t*);
 
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW);
-    launch = library ? reinterpret_cast<decltype(launch)>(dlsym(library, "cuLaunchKernel")) : nullptr;
+    launch = library ? reinterpret_cast<decltype(launch)>(dlsym(library, "cuLaunchKernelEx")) : nullptr;
     parameter = library ? reinterpret_cast<decltype(parameter)>(dlsym(library, "cuFuncGetParamInfo")) : nullptr;
   }
 
@@ -119,9 +137,11 @@ bool launch(const Step& step, std::vector<void*>& pointers, int64_t batch, at::D
   parameters.push_back(&steps);
   parameters.insert(parameters.end(), step.hidden, &none);
   void* stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+  Attribute early;
+  Config config = {{static_cast<unsigned>(programs), 1, 1}, {step.threads, 1, 1}, step.shared, stream, &early, 0};
+  config.count = step.early;
   int failed = Driver::get().launch(
-      reinterpret_cast<void*>(step.function), static_cast<unsigned>(programs), 1, 1, step.threads, 1, 1,
-      step.shared, stream, parameters.data(), nullptr);
+      &config, reinterpret_cast<void*>(step.function), parameters.data(), nullptr);
   TORCH_CHECK(!failed, "A kernel of g3dswap's cannot be launched (CUDA error ", failed, ").");
   return true;
 }
@@ -521,11 +541,12 @@ Site& made_site(PyObject* conf) {
   return *every_site.back();
 }
 
-// A step of (address, programs, block, threads, shared), whose kernel has so many parameters.
+// A step of (address, programs, block, threads, shared, early), whose kernel has so many parameters.
 bool parse(PyObject* entry, size_t parameters, Step& step) {
   unsigned long long function;
   long long programs, block;
-  if (!PyArg_ParseTuple(entry, "KLLII", &function, &programs, &block, &step.threads, &step.shared)) {
+  if (!PyArg_ParseTuple(
+          entry, "KLLIIp", &function, &programs, &block, &step.threads, &step.shared, &step.early)) {
     throw python_error();
   }
   step.function = function;

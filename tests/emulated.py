@@ -65,7 +65,7 @@ enum State { RUNS, AT_WARP, AT_TEAM, AT_BLOCK, AT_CLUSTER, DONE };
 struct Copy { void* to; const void* from; int bytes; };
 // copies: those of groups that have ended, the oldest first, and of the one that has not.
 struct Fiber {
-  ucontext_t context; std::unique_ptr<char[]> stack; State state; u32 mail[6]; int team, mates;
+  ucontext_t context; std::unique_ptr<char[]> stack; State state; u32 mail[6]; int team, mates; bool waited;
   std::vector<std::vector<Copy>> copies;
 };
 static std::vector<Fiber> programs[PROGRAMS];
@@ -79,6 +79,8 @@ static void wait_at(State state) {
 static Fiber& lane(int i) { return fibers[threadIdx.x / 32 * 32 + i]; }
 static void __syncthreads() { wait_at(AT_BLOCK); }
 static void meet_cluster() { wait_at(AT_CLUSTER); }
+static void wait_for_others() { fibers[threadIdx.x].waited = true; }
+static void let_others_begin() {}
 template <int THREADS> static void meet(int team) {
   fibers[threadIdx.x].team = team;
   fibers[threadIdx.x].mates = THREADS;
@@ -128,6 +130,7 @@ template <int BYTES> static void copy(void* to, const void* from, bool some) {
   aligned(to, BYTES);
   aligned(from, some ? BYTES : 1);
   inside(to, BYTES);
+  if (!fibers[threadIdx.x].waited) { fprintf(stderr, "does not wait for the kernel before\n"); abort(); }
   Copy wanted{to, some ? from : nullptr, BYTES};
   if (BYTES == 2) return carried_out(wanted);
   memset(to, 0xff, BYTES);

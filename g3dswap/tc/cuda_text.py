@@ -16,6 +16,8 @@ REGISTER, ROW = 4, 16
 """Bytes of a register, and of a row that `ldmatrix` loads, of which a product's depth has two."""
 MEET = "__syncthreads();"
 """How the threads of a program wait for each other."""
+WAIT = "wait_for_others();"
+"""How they wait for the kernel before: until then, nothing is read from memory or written to it."""
 Names = Mapping[str, str]
 """Of variables, where they do not go by their own."""
 

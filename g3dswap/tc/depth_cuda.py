@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import ScheduleError
 from .arrivals_cuda import Arrival, arrivals_of
 from .box import Box, box_of
-from .cuda_text import MEET
+from .cuda_text import MEET, WAIT
 from .fragments_cuda import At, DepthFragments, TurnedFragments
 from .lines_cuda import LineFragments, LineLoads
 from .loads_cuda import DepthLoads, TurnedLoads, WordLoads
@@ -78,6 +78,7 @@ class DepthProgram(Program):
         loads = self.loads(self, image, other, begins)
         for part, place in zip(parts, places):
             part.clear(f"memory + {own} + {place}", self.members, self.member)
+        self.emit(WAIT)
         self.emit(f"float sum[{self.sums}][{self.rows}][{self.cols}][4] = {{}};")
         self.emit(f"const int steps = {' * '.join(self.count(i) for i in self.serial) or '1'};")
         self.emit(f"const int rounds = {rounds};")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from ..errors import ScheduleError
+from .cuda_text import WAIT
 from .nest import Nest
 from .place import Env
 from .place_nd import Spot
@@ -50,6 +51,7 @@ class LanesProgram(Program):
         self.check_size(len(sums), len(points))
         some = [self.step(thread) for thread in range(min(SAMPLE, self.members))]
         accesses = self.image, self.other
+        self.emit(WAIT)
         image, other = (Values(self, a, points, some, self.runs, self.threads) for a in accesses)
         for values in (image, other):
             values.fetch(self.take(values.box.size * self.item), self.threads)

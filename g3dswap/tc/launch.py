@@ -18,6 +18,7 @@ class Entry:
     block:    steps of such a block, at most (``Blocks.most``); 0: there are none.
     threads:  of a program; 0 for a C++ function.
     shared:   bytes of memory that the threads of a program share.
+    early:    whether it may be launched before the kernel before it has ended.
     """
 
     address: int
@@ -25,6 +26,7 @@ class Entry:
     block: int = 0
     threads: int = 0
     shared: int = 0
+    early: bool = False
 
 
 class Launch(Protocol):

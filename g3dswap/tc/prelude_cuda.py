@@ -15,6 +15,20 @@ typedef long long i64;
 static __device__ __forceinline__ void narrow(float* p, float x) { *p = x; }
 static __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// Waits until the kernel before has ended, and what it has written is there: this one may have been launched
+// before that (PTX ISA, "griddepcontrol").
+static __device__ __forceinline__ void wait_for_others() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel be launched, which adds up what this one finds, and waits for it.
+static __device__ __forceinline__ void let_others_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Copies so many bytes, or as many zeros, for which nothing is read; they are there behind `arrived`.
 template <int BYTES> static __device__ __forceinline__ void copy(void* to, const void* from, bool some) {
   if constexpr (BYTES == 2) {

@@ -61,6 +61,7 @@ def print_cuda(nest: Nest, settings: Settings) -> str:
             f'extern "C" __global__ void {cluster}__launch_bounds__({program.threads})',
             f"kernel({', '.join(parameters)}) {{",
             f"  {MEMORY}",
+            *(["  let_others_begin();"] if nest.partial_counts else []),
             "  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;",
             *program.lines,
             "}",

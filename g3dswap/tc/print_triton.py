@@ -31,7 +31,8 @@ Key = tuple[int, ...]
 def print_triton(nest: Nest, ahead: int = 0, across: bool = False) -> str:
     """The source text of a module with one function, ``kernel(*operands, out, batch)``.
 
-    ahead:  how many loads are begun before the matrix products of earlier ones.
+    ahead:  how many loads are begun before the matrix products of earlier ones; or, where there are none, how
+            many steps of the innermost loop begin theirs together.
     across: whether neighbouring lanes load the words of neighbouring blocks of an operand, or of one block.
     It is to be launched on one program for each step of the grid loops, in one dimension.
 
@@ -120,10 +121,13 @@ class _Printer:
         self.level(len(grid), {})
         head = [f"# {line}" for line in str(nest).splitlines()]
         imports = ["", "import triton", "import triton.language as tl", "", ""]
-        parameters = ", ".join([*nest.operands, nest.output.tensor, "batch"])
+        parameters = ", ".join([*nest.operands, nest.output.tensor, "batch", "early: tl.constexpr = False"])
+        begin = ["    if early:  # than the kernel before has ended"]
+        begin += ["        tl.extra.cuda.gdc_launch_dependents()"] if nest.partial_counts else []
+        begin += ["        tl.extra.cuda.gdc_wait()"]
         # Triton would compile a batch of 1 or of a multiple of 16 in, and compile again for others.
         signature = ['@triton.jit(do_not_specialize=["batch"])', f"def kernel({parameters}):"]
-        return "\n".join([*head, *imports, *signature, *self.text.lines, ""])
+        return "\n".join([*head, *imports, *signature, *begin, *self.text.lines, ""])
 
     # Loops
 
@@ -160,7 +164,12 @@ class _Printer:
             for value in range(nest.loops[i].count or 1):
                 self.level(i + 1, {**env, f"v{i}": value})
         else:
-            with self.text.block(f"for {self.write.names[f'v{i}']} in range({self.count(i)}):"):
+            steps = f"range({self.count(i)})"
+            innermost = all(loop.count == 1 for loop in nest.loops[i + 1 : nest.tile_start])
+            if innermost and self.ahead > 1 and not self.write.dot:
+                # The compiler moves no load to before the sum of an earlier step.
+                steps = f"tl.range({self.count(i)}, loop_unroll_factor={self.ahead})"
+            with self.text.block(f"for {self.write.names[f'v{i}']} in {steps}:"):
                 self.level(i + 1, env)
         if i == nest.accumulate_from:
             self.store(env)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from ..errors import ScheduleError
 from .arrivals_cuda import Arrival, arrivals_of
 from .box import WIDEST, box_of
-from .cuda_text import MEET
+from .cuda_text import MEET, WAIT
 from .fragments_cuda import RowFragments, TapFragments
 from .linear import Linear
 from .nest import Nest
@@ -56,8 +56,9 @@ class RowsProgram(Program):
         fetched = f"{start}" + (f" + step % {BUFFERS} * {size}" if self.steps > 1 else "")
         placed = self.take(part.placed)
         self.check_size(len(sums) * taps.cols * 4, len(points) * taps.deep * taps.cols)
-        self.fetch(kernel, f"memory + {taps.begin}")
         part.clear(f"memory + {placed}", self.threads, "thread")
+        self.emit(WAIT)
+        self.fetch(kernel, f"memory + {taps.begin}")
         if self.steps == 1:
             self.fetch(part, f"memory + {fetched}")
         else:

@@ -34,7 +34,7 @@ except ImportError:
     triton = None
 
 MAX_PROGRAMS = 2**31 - 1
-SPECIAL = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+SPECIAL = ("launch_cooperative_grid", "global_scratch_size", "profile_scratch_size")
 """What Triton says of kernels that are not just launched."""
 
 _target_lock = threading.Lock()  # Triton sets its driver up at the first question
@@ -176,7 +176,8 @@ class _Launcher:
             return None
         threads = meta.num_warps * meta.target.warp_size
         most = self.programs.blocks.most if self.programs.blocks else 0
-        return Entry(function, self.programs.steps, most, threads, meta.shared)
+        early = bool(getattr(meta, "launch_pdl", False))
+        return Entry(function, self.programs.steps, most, threads, meta.shared, early)
 
     def __call__(self, operands: Sequence[torch.Tensor], out: torch.Tensor, batch: int) -> None:
         number = self.programs(batch)

@@ -25,6 +25,8 @@ TILE = 256
 """Partial results that a program adds at a time, one in each thread: some of each of its elements."""
 ELEMENTS = (8, 64)
 """Elements of a program, at least and at most."""
+AHEAD = 8
+"""Loads of a thread that are under way together: each takes as long as all that a program does beside."""
 PROGRAMS = 200
 """Where a result has few elements, a program has few of them and adds more of their parts at a time."""
 
@@ -55,4 +57,5 @@ def total(nest: Nest) -> tuple[Nest, Schedule] | None:
     digits = [Digit("i", None, "grid"), Digit("n", None, "serial"), Digit("s", None, "serial")]
     digits += [Digit("s", parts, "lanes"), Digit("i", lanes, "lanes")]
     warps = max(1, lanes * parts // WARP)
-    return replace(made, tensors=tensors, _by_name={}), Schedule(tuple(digits), (), (), (("warps", warps),))
+    hints = ("ahead", AHEAD), ("warps", warps)
+    return replace(made, tensors=tensors, _by_name={}), Schedule(tuple(digits), (), (), hints)

@@ -36,11 +36,15 @@ except ImportError:
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "float16": "*fp16", "bfloat16": "*bf16"}
 ALIGNED = [["tt.divisibility", 16]]  # the attribute of an argument that 16 divides
 EMPTY = """import triton
+import triton.language as tl
 
 @triton.jit(do_not_specialize=["batch"])
-def kernel({}):
+def kernel({}, early: tl.constexpr = False):
     pass
 """
+WAITING = 90
+"""The architecture from which on a kernel can be launched before the one before it has ended, for which it
+waits."""
 SUFFIXES = {"cuda": ".cubin", "hip": ".hsaco"}  # of a backend's binaries
 
 Target = tuple[str, Any, int]
@@ -113,6 +117,12 @@ def is_single(nest: Nest, threads: int) -> bool:
     )
 
 
+def begins_early(target: Target) -> bool:
+    """Whether kernels for a GPU are launched before the one before them has ended."""
+    backend, arch, _ = target
+    return backend == "cuda" and arch >= WAITING and hasattr(triton.language.extra.cuda, "gdc_wait")
+
+
 def import_kernel(path: Path) -> Any:
     """The kernel in a printed module. CompileError: the file is no such module."""
     name = f"g3dswap_kernel_{path.stem}"
@@ -135,10 +145,11 @@ class _SourceLoader(SourceFileLoader):
         return code
 
 
-def ast_source(kernel: Any, types: Sequence[str]) -> Any:
+def ast_source(kernel: Any, types: Sequence[str], early: bool = False) -> Any:
     """What Triton compiles: the kernel with the types and attributes of its arguments."""
     attributes = {(i,): ALIGNED for i, name in enumerate(types) if name.startswith("*")}
-    return triton.compiler.ASTSource(kernel, dict(zip(kernel.arg_names, types)), {}, attributes)
+    signature = dict(zip(kernel.arg_names, (*types, "constexpr")))
+    return triton.compiler.ASTSource(kernel, signature, {"early": early}, attributes)
 
 
 def _compile_triton(
@@ -146,7 +157,9 @@ def _compile_triton(
 ) -> None:
     _lay_out(not single)
     triton.knobs.cache.dir = str(scratch)
-    what = ast_source(import_kernel(path), types)
+    early = begins_early(target)
+    what = ast_source(import_kernel(path), types, early)
+    options = {**options, **({"launch_pdl": True} if early else {})}
     try:
         made = triton.compile(what, target=triton.backends.compiler.GPUTarget(*target), options=options)
     except triton.CompilationError as error:

@@ -38,7 +38,9 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["batch"])
-def kernel(x, weight, out, batch):
+def kernel(x, weight, out, batch, early: tl.constexpr = False):
+    if early:
+        tl.extra.cuda.gdc_wait()
     i = tl.program_id(0) * 16 + tl.arange(0, 16)
     tl.store(out + i, tl.load(x + i, mask=i < batch) * FACTOR, mask=i < batch)
 """
@@ -102,8 +104,9 @@ def test_what_triton_loads_is_what_it_would_have_compiled_itself() -> None:
         "import json, sys, pathlib, triton; from g3dswap.tc import compile_triton as c, recipe; "
         "from g3dswap.tc import worker_triton as w; path, text, files = json.loads(sys.argv[1]); "
         "job = c.Job(*recipe.read(text)); made = c.loaded(job, files); target = made.metadata.target; "
-        "source = w.ast_source(w.import_kernel(pathlib.Path(path)), w.argument_types(job.nest)); "
-        "again = triton.compile(source, target=target, options={'num_warps': 2, 'num_stages': 1}); "
+        "source = w.ast_source(w.import_kernel(pathlib.Path(path)), w.argument_types(job.nest), True); "
+        "options = {'num_warps': 2, 'num_stages': 1, 'launch_pdl': True}; "
+        "again = triton.compile(source, target=target, options=options); "
         "same = lambda k: {**k.metadata._asdict(), 'hash': ''} | {'size': len(k.kernel)}; "
         "assert same(again) == same(made), (same(again), same(made)); "
         "assert again.asm['ttir'].count('tt.divisibility = 16') == 3; "
