@@ -11,12 +11,13 @@ sixth, and of nearly all layers the fastest was among the best fifth by this mod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .cuda_text import REGISTER
-from .footprint import LINE, accumulators_of, distinct, footprint, partials_of, runs_of, tile_of
+from .footprint import LINE, Tile, accumulators_of, distinct, footprint, partials_of, runs_of, tile_of
 from .fragments_cuda import KEPT
-from .model_parts import Slab, part_of
+from .model_parts import Part, Slab, part_of
 from .model_product import CYCLES
 from .model_triton import MOST_WARPS, PROCESSORS
 from .nest import Nest
@@ -187,47 +188,78 @@ def _rows(nest: Nest, settings: Settings, runs: int) -> _Work:
     )
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What it takes to read a depth of positions.
+
+    slots, trips: of a warp, for a piece of the depth, its products left out.  pieces: of a step of the loop
+    around the product, a shallow one a half.  copy, arrival: slots of a copy of words, and its trips to
+    shared memory, or none, where those of its bytes count.  pace, scale: as of the work.
+    """
+
+    slots: float
+    trips: float
+    pieces: float
+    copy: float = COPY
+    arrival: float = 0.0
+    pace: float = 1.0
+    scale: float = 1.0
+
+
+def _turned(nest: Nest, tile: Tile, parts: Sequence[Part], groups: int) -> _Reading:
+    """By fragments, which are turned around on their way to registers."""
+    rows, cols, deep = _fragments(nest)
+    planes, others = (footprint(nest, factor, tile).elements for factor in image_and_other(nest))
+    shares_depth = groups == 1 and not any(part.turned or part.gathered for part in parts)
+    scale = SHARED_DEPTH if shares_depth else 1.0
+    return _Reading(float(planes * rows), float(planes * rows * 4 + others * cols * 2), deep, scale=scale)
+
+
+def _along_lines(nest: Nest, tile: Tile) -> _Reading:
+    """By words, each of a line that is read at a few shifts once; and pairs, put together and masked."""
+    rows, cols, deep = _fragments(nest)
+    image, other = image_and_other(nest)
+    words, alone = (distinct(tile, image, nest.tensor(image.tensor), width)[1] for width in (2, WIDE))
+    planes, others = (footprint(nest, factor, tile).elements for factor in (image, other))
+    loads = (words + alone) * rows * 4 + others * cols * 2
+    slots = loads + planes * rows * 4 * PAIRED
+    pieces = deep * (0.5 if nest.lengths["depth"] <= deep_of(nest) // 2 else 1.0)
+    return _Reading(slots, loads * CONFLICTING, pieces, LINE_COPY, LINE_TRIPS, PACE, LINES)
+
+
 def _depth(nest: Nest, settings: Settings, runs: int) -> _Work:
     factors = image_and_other(nest)
     tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
     parts = [part_of(nest, f, nest.tile_start, settings.whole, settings.lines) for f in factors]
     groups, warps, teams, buffers = _groups(nest), settings.warps, settings.teams, settings.buffers
+    read = _along_lines(nest, tile) if settings.lines else _turned(nest, tile, parts, groups)
     members, busy_teams = warps // teams, min(teams, runs)
     busy, alike = _shared_out(deep, members, groups)
-    planes, others = (footprint(nest, factor, tile).elements for factor in factors)
+    others = footprint(nest, factors[1], tile).elements
     sums = accumulators_of(nest, tile) * rows * cols
     products = groups * runs * tile.terms * rows * cols * deep
-    shallow = settings.lines and nest.lengths["depth"] <= deep_of(nest) // 2
-    slots, trips = float(planes * rows), float(planes * rows * 4 + others * cols * 2)
-    if settings.lines:
-        # Of each line that is read at a few shifts, words; and pairs of them, put together and masked.
-        tensor = nest.tensor(factors[0].tensor)
-        words, alone = (distinct(tile, factors[0], tensor, width)[1] for width in (2, WIDE))
-        loads = (words + alone) * rows * 4 + others * cols * 2
-        slots, trips = loads + planes * rows * 4 * PAIRED, loads * CONFLICTING
     copies = runs * sum(part.copies for part in parts)
     copied = runs * sum(part.bytes for part in parts)
     ahead = buffers > 1 and all(part.is_async for part in parts)
     rounds = -(-runs // teams)
-    shares_depth = groups == 1 and not any(part.turned or part.gathered for part in parts)
-    pieces = groups * runs * deep * (0.5 if shallow else 1.0)
+    pieces = groups * runs * read.pieces
     return _Work(
         shared=max(sum(p.room(buffers) * p.size for p in parts) * teams, groups * sums * 4 * WARP * 4),
         registers=OWN + sums * 4 + others * cols * 2,
         busy=busy * busy_teams,
-        slots=copies * (LINE_COPY if settings.lines else COPY)
+        slots=copies * read.copy
         + runs * sum(part.gathered for part in parts)
         + products * PRODUCT
-        + pieces * slots
+        + pieces * read.slots
         + sums * 4 * warps * ADDED,
-        products=products * (0.5 if shallow else 1.0),
-        trips=pieces * trips + (copies * LINE_TRIPS if settings.lines else copied / LINE),
+        products=products * (read.pieces / deep),
+        trips=pieces * read.trips + (copies * read.arrival or copied / LINE),
         chain=products / sums / groups / alike / busy_teams,
         arrivals=_arrivals(rounds, ahead),
         waits=rounds * sum(part.waits(members * WARP) for part in parts),
         copied=copied,
-        pace=PACE if settings.lines else 1.0,
-        scale=LINES if settings.lines else SHARED_DEPTH if shares_depth else 1.0,
+        pace=read.pace,
+        scale=read.scale,
         lies=settings.lines or any(isinstance(part, Slab) for part in parts),
     )
 

@@ -12,8 +12,8 @@ part of a fused axis are less significant than the fused axis's: "h*w 128 lanes 
 lane a block of four columns; where that block is bound to a side of a product too, the side runs along
 both.  What is packed or skewed (`pack`, `skew`) has axes of its own to split.  "n rest grid | n 8 serial"
 gives a program up to eight steps of the batch: fewer where there would be too few programs (`nest.Blocks`).
-Of a reduction, each step on the grid makes a partial result; steps of a "cluster" are programs too, a few, that
-add up theirs by themselves.
+Of a reduction, each step on the grid makes a partial result; steps of a "cluster" are programs too, a few,
+that add up theirs by themselves.
 """
 
 from __future__ import annotations

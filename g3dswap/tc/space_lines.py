@@ -76,7 +76,8 @@ def forms(nest: Nest) -> list[Skews]:
             size = _whole(rows, ROWS), _whole(cols, COLS)
             if size[0] > MOST_ROWS or size[1] > MOST_COLS:
                 break
-            steps = (whole.extent(axis) or 1) * (nest.extent(shifted[1]) or 1)
+            # A product has all taps of this axis at once, and one of each other axis.
+            steps = (whole.extent(axis) or 1) / (nest.extent(shifted[1]) or 1)
             largest[size] = _products(*size) * steps / (nest.extent(axis) or 1), (skew,)
         ranked += largest.values()
     return [skews for _, skews in sorted(ranked)[:FORMS]]
