@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -178,6 +179,6 @@ def test_sources_without_a_function_hold_nothing_of_it() -> None:
     problem = Problem("forward", Geometry(2, 2, 2, (2, 3, 4), (1, 1, 1)))
     for target in ("cpp", "triton"):
         plain = show(nest_of(problem), serial(nest_of(problem)), target)
-        assert "pointwise" not in plain and "exp" not in plain and "maximum" not in plain
+        assert "pointwise" not in plain and not re.search(r"\bexp", plain) and "maximum" not in plain
     relu = nest_of(replace(problem, activation="relu"))
     assert "exp_v" not in show(relu, serial(relu), "cpp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from g3dswap.comprehensions import nest as nest_of
 from g3dswap.problem import Geometry, Problem
 from g3dswap.tc.kernel import build, show
 from g3dswap.tc.schedule import apply
+from g3dswap.tc.source import source
 from g3dswap.tc.totals import total
 from tests.tc.test_print_triton import DEVICE, check, schedule_of
 
@@ -68,7 +70,20 @@ def test_few_elements_are_summed_by_many_threads() -> None:
         schedule = schedule_of(f"{split} | t rest grid | h rest serial | w 8 lanes")
         found = total(apply(nest, schedule))
         assert found is not None
-        assert str(found[1]).endswith(f"{tile}; warps=8")
+        assert str(found[1]).endswith(f"{tile}; ahead=8; warps=8")
+
+
+@pytest.mark.parametrize(
+    ("grid", "serial", "loop"),
+    [("n rest grid", "t rest serial", "range(batch, "), ("t rest grid", "n rest serial", "range(7, ")],
+)
+def test_several_parts_are_loaded_together(grid: str, serial: str, loop: str) -> None:
+    """Whatever the innermost loop runs over that has more than one step."""
+    problem = replace(problem_of(), geometry=replace(GEOMETRY, size=(200, 3, 4)))
+    schedule = schedule_of(SPLIT.format(grid, f"{serial} | h rest serial"))
+    found = total(apply(nest_of(problem), schedule))
+    assert found is not None
+    assert f"{loop}loop_unroll_factor=8)" in source(apply(*found), found[1], "triton")
 
 
 FORWARD = (
