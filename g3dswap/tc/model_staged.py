@@ -27,8 +27,6 @@ from .words import ITEM_BYTES, MOST_REGISTERS, REGISTERS, WARP
 
 LAUNCH, TOTAL = 4.5e-6, 8e-6
 """Seconds of a launch, and of the second stage of a split reduction."""
-CLUSTER = 1e-6
-"""Seconds until the programs of a cluster have met and added up their sums."""
 BANDWIDTH = 2.5e12
 """Bytes of memory in a second."""
 L2 = 5.5e12
@@ -67,6 +65,8 @@ LINES = 0.78
 """Of the estimate, what kernels take whose depth is read along lines."""
 WIDE = 1 << 12
 """Elements that are more than a line has."""
+CLUSTERED = 1.2
+"""Of the estimate, what programs take that begin together and wait for each other's sums."""
 OVERLAP = 0.87
 """Of the second largest of the times, what the largest one does not hide."""
 SHARED_DEPTH = 0.8
@@ -125,8 +125,8 @@ def cost(nest: Nest, settings: Settings, batch: int = 4, room: int = MOST_SHARED
     *_, second, first = sorted((alone, together, memory))
     spilled = max(1.0, work.registers / most) ** 2
     launches = LAUNCH + (TOTAL if partials_of(nest, batch) > 1 else 0.0)
-    launches += CLUSTER if nest.cluster > 1 else 0.0
-    return work.scale * (launches + spilled * (first + OVERLAP * second)) + programs * work.pieces * PIECE
+    scale = work.scale * (CLUSTERED if nest.cluster > 1 else 1.0)
+    return scale * (launches + spilled * (first + OVERLAP * second)) + programs * work.pieces * PIECE
 
 
 def waves_of(programs: int, resident: int) -> float:

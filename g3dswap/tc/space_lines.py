@@ -132,11 +132,10 @@ def _every(nest: Nest, batch: int, skews: Skews, thorough: bool) -> Iterator[Pro
                 continue
             for split, clustered in divisions(nest, three, tile, batch, thorough):
                 made = Product(*three, (), skews, tile, split, 1, 1, 0, staged=True, whole=whole, lines=True)
-                made = replace(made, clustered=clustered)
                 looped = made.loops(nest, batch)
                 for (warps, teams), stages in itertools.product(numbers, (1, 2) if looped else (1,)):
                     if looped or teams == 1:
-                        yield replace(made, warps=warps, stages=stages, teams=teams)
+                        yield replace(made, warps=warps, stages=stages, teams=teams, clustered=clustered)
 
 
 def _side(axes: tuple[str, ...], nest: Nest, unit: int) -> Side:

@@ -203,12 +203,13 @@ def _products(nest: Nest, batch: int, roles: Roles, form: Form, thorough: bool) 
             copies = (False, True) if turned and _are_all_inside(steps, three, roles.positions) else (False,)
             for split, clustered in found:
                 made = Product(*three, *form, tile, split, 1, 1, 0, staged=True, apart=apart)
-                made = replace(made, clustered=clustered)
                 looped = not roles.along and made.loops(nest, batch)
                 buffers = (1, 2) if looped else (1,)
                 numbers = [(count, 1) for _, count in apart] or teams_of(sharing, looped, thorough)
                 for (warps, teams), stages, lies in itertools.product(numbers, buffers, copies):
-                    yield replace(made, warps=warps, stages=stages, teams=teams, whole=lies)
+                    yield replace(
+                        made, warps=warps, stages=stages, teams=teams, whole=lies, clustered=clustered
+                    )
 
 
 def divisions(

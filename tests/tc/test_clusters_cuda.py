@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hypothesis import assume, given, settings
 from g3dswap.comprehensions import nest as nest_of
 from g3dswap.errors import ScheduleError
 from g3dswap.problem import Geometry, Problem
-from g3dswap.tc import space, space_lines, space_staged
+from g3dswap.tc import model_staged, space, space_lines, space_staged
 from g3dswap.tc.kernel import build
 from g3dswap.tc.nest import Nest
 from g3dswap.tc.product import Product, clusters
@@ -25,6 +27,7 @@ from g3dswap.tc.space import Space
 from tests.emulated import FAULTS, Emulated, emulated
 from tests.geometries import TOLERANCE, Case, error, expected, operands
 from tests.profiles import examples
+from tests.tc.spaces import judged, measured
 from tests.tc.test_lines_cuda import cases as cases_of_lines
 from tests.tc.test_print_cuda import GEOMETRIES, cases, checked
 
@@ -158,6 +161,17 @@ def test_only_gradients_in_the_kernel_have_clusters() -> None:
         digits[place] = replace(digits[place], bind="cluster")
         with pytest.raises(ScheduleError, match="no clusters that add up sums"):
             source(apply(nest, Schedule(tuple(digits))), Schedule(tuple(digits)), target)
+
+
+def test_the_model_finds_the_fast_kernels_of_a_gpu() -> None:
+    """Among its first four of up to 14, half of them of clusters, is one of the fastest."""
+    text = Path(__file__).with_name("measured_clusters.json").read_text(encoding="utf-8")
+    found = (measured(layer, model_staged.cost) for layer in json.loads(text)["layers"])
+    layers, first, four, ratio = judged(found)
+    assert layers > 15
+    assert first < 1.1
+    assert four < 1.05
+    assert ratio < 1.4
 
 
 def test_older_gpus_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
