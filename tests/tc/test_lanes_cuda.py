@@ -17,17 +17,16 @@ from g3dswap.comprehensions import nest as nest_of
 from g3dswap.errors import ScheduleError
 from g3dswap.problem import ACTIVATIONS, Geometry, Problem
 from g3dswap.tc import model_lanes
-from g3dswap.tc.kernel import build
 from g3dswap.tc.nest import Nest
 from g3dswap.tc.program_cuda import Settings
 from g3dswap.tc.schedule import Digit, Schedule, apply
 from g3dswap.tc.space import Space
 from g3dswap.tc.space_lanes import Point, families, is_possible, lanes, mutate, tiles
 from tests.emulated import emulated
-from tests.geometries import TOLERANCE, Case, cases, error, expected, operands
+from tests.geometries import Case, cases
 from tests.profiles import examples
 from tests.tc.spaces import every, judged, measured, walk
-from tests.tc.test_print_cuda import check
+from tests.tc.test_print_cuda import check, right_on_a_gpu
 
 GPU_DTYPES = torch.float32, torch.bfloat16, torch.float16
 GEOMETRIES = {
@@ -98,12 +97,7 @@ def test_on_a_gpu(direction: str, layout: str, dtype: torch.dtype) -> None:
         activation = rng.choice(("", *ACTIVATIONS)) if forward else ""
         problem = Problem(direction, geometry, dtype, layout, bias=forward, activation=activation)
         case, (nest, points) = Case(problem, 3, rng.randrange(1000)), nest_and_points(problem)
-        tensors, out = operands(case)
-        reference = expected(case, tensors)
-        for point in rng.sample(points, 3):
-            result = out.cuda()
-            build(nest, point.schedule(nest), "triton")(*(tensor.cuda() for tensor in tensors), out=result)
-            assert error(result.cpu(), reference) <= TOLERANCE[dtype]
+        assert right_on_a_gpu(case, (point.schedule(nest) for point in rng.sample(points, 3))) == 3
 
 
 def forward_of(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, Nest]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -83,6 +84,22 @@ def checked(case: Case, found: list[Product], most: int = 8) -> Kernel | None:
         check(case, kernel)
         return kernel
     return None
+
+
+def right_on_a_gpu(case: Case, schedules: Iterable[Schedule]) -> int:
+    """How many of these schedules print; their kernels gave the right result."""
+    nest, (tensors, out) = nest_of(case.problem), operands(case)
+    reference, done = expected(case, tensors), 0
+    for schedule in schedules:
+        try:
+            kernel = build(nest, schedule, "triton")
+        except ScheduleError:
+            continue
+        result = out.cuda()
+        kernel(*(tensor.cuda() for tensor in tensors), out=result)
+        assert error(result.cpu(), reference) <= tolerance(case.problem)
+        done += 1
+    return done
 
 
 @st.composite
@@ -466,16 +483,7 @@ def test_on_a_gpu(direction: str, layout: str, dtype: torch.dtype) -> None:
         problem = replace(plain, dtype=dtype, activation=activation, precision=DTYPES[dtype])
         case, nest = Case(problem, 3, rng.randrange(1000)), nest_of(problem)
         found = [p.schedule(nest) for p in products(nest)]
-        tensors, out = operands(case)
-        reference = expected(case, tensors)
-        for schedule in rng.sample(found, min(3, len(found))):
-            try:
-                kernel = build(nest, schedule, "triton")
-            except ScheduleError:
-                continue
-            result = out.cuda()
-            kernel(*(tensor.cuda() for tensor in tensors), out=result)
-            assert error(result.cpu(), reference) <= tolerance(problem)
+        right_on_a_gpu(case, rng.sample(found, min(3, len(found))))
 
 
 def test_the_image_is_copied_once_in_wide_words() -> None:
