@@ -248,8 +248,7 @@ class Nest:
         if not any(loop.count is None and loop.bind == "grid" for loop in self.loops):
             return None
         inner = [loop.count or 1 for i, loop in enumerate(self.loops) if self.is_in_block(i)]
-        others = math.prod(loop.count or 1 for loop in self.loops if loop.bind in GRID_BINDS)
-        return Blocks(inner[0] if inner else 1, others)
+        return Blocks(inner[0] if inner else 1, self.programs)
 
     @property
     def shares(self) -> Blocks | None:
@@ -283,6 +282,11 @@ class Nest:
     def grid_loops(self) -> int:
         """How many loops have programs as steps; all others are inside of them."""
         return sum(loop.bind in GRID_BINDS for loop in self.loops)
+
+    @property
+    def programs(self) -> int:
+        """How many programs there are, or, with blocks of the batch, for each of these."""
+        return math.prod(loop.count or 1 for loop in self.loops[: self.grid_loops])
 
     @property
     def cluster(self) -> int:

@@ -6,7 +6,6 @@ Triton's interpreter, slowly; this is how they are tested without a GPU.
 
 from __future__ import annotations
 
-import math
 import operator
 import threading
 from collections.abc import Callable, Sequence
@@ -103,10 +102,7 @@ class Programs:
     """The number of programs for a batch size."""
 
     def __init__(self, nest: Nest) -> None:
-        counts = [p.count for p in nest.loops[: nest.grid_loops]]
-        self.name = nest.name
-        self.steps = math.prod(c for c in counts if c is not None)
-        self.blocks = nest.blocks
+        self.name, self.steps, self.blocks = nest.name, nest.programs, nest.blocks
 
     def __call__(self, batch: int) -> int:
         number = self.steps * (self.blocks.number(batch) if self.blocks else 1)
