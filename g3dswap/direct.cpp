@@ -138,8 +138,9 @@ bool launch(const Step& step, std::vector<void*>& pointers, int64_t batch, at::D
   parameters.insert(parameters.end(), step.hidden, &none);
   void* stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
   Attribute early;
-  Config config = {{static_cast<unsigned>(programs), 1, 1}, {step.threads, 1, 1}, step.shared, stream, &early, 0};
-  config.count = step.early;
+  Config config = {
+      {static_cast<unsigned>(programs), 1, 1}, {step.threads, 1, 1}, step.shared, stream, &early,
+      static_cast<unsigned>(step.early)};
   int failed = Driver::get().launch(
       &config, reinterpret_cast<void*>(step.function), parameters.data(), nullptr);
   TORCH_CHECK(!failed, "A kernel of g3dswap's cannot be launched (CUDA error ", failed, ").");

@@ -134,7 +134,7 @@ def cost(nest: Nest, buffers: dict[str, Buffer], threads: int, batch: int = 1) -
     for factor in nest.factors:
         if factor.tensor not in buffers and _has_lanes(nest, factor):
             cycles += runs * tile.loads * (0.3 + SCATTERED * (1 - _used(nest)))
-    tasks = math.prod(c for c, p in zip(counts, nest.loops) if p.bind == "grid")
+    tasks = math.prod(counts[: nest.grid_loops])
     balance = -(-tasks // threads) * threads / tasks
     partials = math.prod(counts[i] for i in nest.partial_loops)
     extra = 0.0

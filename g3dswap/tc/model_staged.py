@@ -206,21 +206,19 @@ class _Reading:
     scale: float = 1.0
 
 
-def _turned(nest: Nest, tile: Tile, parts: Sequence[Part], groups: int) -> _Reading:
+def _turned(nest: Nest, planes: int, others: int, parts: Sequence[Part], groups: int) -> _Reading:
     """By fragments, which are turned around on their way to registers."""
     rows, cols, deep = _fragments(nest)
-    planes, others = (footprint(nest, factor, tile).elements for factor in image_and_other(nest))
     shares_depth = groups == 1 and not any(part.turned or part.gathered for part in parts)
     scale = SHARED_DEPTH if shares_depth else 1.0
     return _Reading(float(planes * rows), float(planes * rows * 4 + others * cols * 2), deep, scale=scale)
 
 
-def _along_lines(nest: Nest, tile: Tile) -> _Reading:
+def _along_lines(nest: Nest, tile: Tile, planes: int, others: int) -> _Reading:
     """By words, each of a line that is read at a few shifts once; and pairs, put together and masked."""
     rows, cols, deep = _fragments(nest)
-    image, other = image_and_other(nest)
+    image, _ = image_and_other(nest)
     words, alone = (distinct(tile, image, nest.tensor(image.tensor), width)[1] for width in (2, WIDE))
-    planes, others = (footprint(nest, factor, tile).elements for factor in (image, other))
     loads = (words + alone) * rows * 4 + others * cols * 2
     slots = loads + planes * rows * 4 * PAIRED
     pieces = deep * (0.5 if nest.lengths["depth"] <= deep_of(nest) // 2 else 1.0)
@@ -232,10 +230,13 @@ def _depth(nest: Nest, settings: Settings, runs: int) -> _Work:
     tile, (rows, cols, deep) = tile_of(nest), _fragments(nest)
     parts = [part_of(nest, f, nest.tile_start, settings.whole, settings.lines) for f in factors]
     groups, warps, teams, buffers = _groups(nest), settings.warps, settings.teams, settings.buffers
-    read = _along_lines(nest, tile) if settings.lines else _turned(nest, tile, parts, groups)
+    planes, others = (footprint(nest, factor, tile).elements for factor in factors)
+    if settings.lines:
+        read = _along_lines(nest, tile, planes, others)
+    else:
+        read = _turned(nest, planes, others, parts, groups)
     members, busy_teams = warps // teams, min(teams, runs)
     busy, alike = _shared_out(deep, members, groups)
-    others = footprint(nest, factors[1], tile).elements
     sums = accumulators_of(nest, tile) * rows * cols
     products = groups * runs * tile.terms * rows * cols * deep
     copies = runs * sum(part.copies for part in parts)

@@ -70,7 +70,7 @@ class _Printer(CopyPrinter):
 
     def print(self) -> str:
         nest = self.nest
-        grid = [i for i, loop in enumerate(nest.loops) if loop.bind == "grid"]
+        grid = range(nest.grid_loops)
         counts = {i: batch_text.count(nest, i, {}) for i in grid}
         starts = {i for i in grid if nest.is_first_of_block(i)}
         for i, name in enumerate(nest.operands):

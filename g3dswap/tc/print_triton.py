@@ -116,9 +116,8 @@ class _Printer:
 
     def print(self) -> str:
         nest = self.nest
-        grid = [i for i, p in enumerate(nest.loops) if p.bind == "grid"]
-        self.grid(grid)
-        self.level(len(grid), {})
+        self.grid()
+        self.level(nest.grid_loops, {})
         head = [f"# {line}" for line in str(nest).splitlines()]
         imports = ["", "import triton", "import triton.language as tl", "", ""]
         parameters = ", ".join([*nest.operands, nest.output.tensor, "batch", "early: tl.constexpr = False"])
@@ -131,9 +130,9 @@ class _Printer:
 
     # Loops
 
-    def grid(self, grid: list[int]) -> None:
+    def grid(self) -> None:
         """Loop variables of the grid, and the number of this program's partial result."""
-        real = [i for i in grid if self.nest.loops[i].count != 1]
+        real = [i for i in range(self.nest.grid_loops) if self.nest.loops[i].count != 1]
         rest = "tl.program_id(0)"
         for i in reversed(real):
             name = self.write.names[f"v{i}"]

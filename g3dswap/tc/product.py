@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -76,7 +76,8 @@ class Product:
         grid = [n for n in names if not reduces(whole, n) or n in split]
         if self.apart:  # or what programs take of the same lines of memory comes at different times
             grid = nearest_last(whole, grid)
-        bind = {n: "cluster" for n in grid if self.clustered and n != _batch(whole) and reduces(whole, n)}
+        summed = [n for n in grid if reduces(whole, n) and n != batch_axis(whole)]
+        bind = dict.fromkeys(summed if self.clustered else (), "cluster")
         digits = [Digit(n, None, bind.get(n, "grid")) for n in sorted(grid, key=bind.__contains__)]
         looped = walks_of(whole, grid, split) + [n for n in reductions if split.get(n) != 1]
         digits += [Digit(n, split.get(n), "serial") for n in looped]
@@ -119,7 +120,7 @@ class Product:
 
     def loops(self, nest: Nest, batch: int = BATCH) -> bool:
         """Whether there is a loop around the product, of more than one step; `nest` is the rewritten one."""
-        own = {fused_name(axes): (axes, count) for axes, count in self.sides.values()}
+        own = named(self.sides.values())
         steps = {**steps_outside(nest, own, dict(self.tile), batch), **dict(self.split)}
         return any(count > 1 for name, count in steps.items() if reduces(nest, name))
 
@@ -149,7 +150,7 @@ class Product:
         return cls(rows, cols, depth, *rewrites, tile, grid, *hints, across, staged, apart, teams, *flags)
 
 
-def _batch(nest: Nest) -> str | None:
+def batch_axis(nest: Nest) -> str | None:
     """The axis whose extent only calls know."""
     return next((axis.name for axis in nest.axes if axis.extent is None), None)
 
@@ -185,7 +186,7 @@ def splits(
     blocks: bool = False,
 ) -> list[Split]:
     """Reductions to split, for a product with these sides and a tile; `nest` is the rewritten one."""
-    return split_reductions(nest, _named(own), dict(tile), batch, wanted, blocks)
+    return split_reductions(nest, named(own), dict(tile), batch, wanted, blocks)
 
 
 def clusters(nest: Nest, own: tuple[Side, ...], tile: Tile, batch: int = BATCH, most: int = 4) -> list[Split]:
@@ -193,19 +194,20 @@ def clusters(nest: Nest, own: tuple[Side, ...], tile: Tile, batch: int = BATCH, 
 
     At most so many ways, those with the most programs first and, of these, with the fewest steps left over.
     """
-    steps = steps_outside(nest, _named(own), dict(tile), batch)
-    named = [(n, count) for n, count in steps.items() if count > 1 and reduces(nest, n) and n != _batch(nest)]
-    alike = [{-(-count // parts) for parts in range(1, MOST_CLUSTER + 1)} for _, count in named]
+    steps = steps_outside(nest, named(own), dict(tile), batch).items()
+    several = [(n, count) for n, count in steps if count > 1 and reduces(nest, n) and n != batch_axis(nest)]
+    alike = [{-(-count // parts) for parts in range(1, MOST_CLUSTER + 1)} for _, count in several]
     ranked = []
     for shares in itertools.product(*alike):
-        parts = [-(-count // share) for (_, count), share in zip(named, shares)]
+        parts = [-(-count // share) for (_, count), share in zip(several, shares)]
         programs = math.prod(parts)
         if 1 < programs <= MOST_CLUSTER:
             left = math.prod(map(operator.mul, parts, shares))
-            split = tuple((n, share) for (n, _), share, part in zip(named, shares, parts) if part > 1)
+            split = tuple((n, share) for (n, _), share, part in zip(several, shares, parts) if part > 1)
             ranked.append((-programs, left, split))
     return [split for _, _, split in sorted(ranked)][:most]
 
 
-def _named(own: tuple[Side, ...]) -> dict[str, Side]:
+def named(own: Iterable[Side]) -> dict[str, Side]:
+    """Sides by the axis that each runs along, flattened if it is several."""
     return {fused_name(axes): (axes, width) for axes, width in own}

@@ -19,7 +19,7 @@ from dataclasses import replace
 from ..errors import ScheduleError
 from .box import WIDEST
 from .nest import ENOUGH, Access, Nest
-from .product import Packs, Product, Side, Skews, by_tile, clusters, splits
+from .product import Packs, Product, Side, Skews, batch_axis, by_tile, clusters, named, splits
 from .program_cuda import COLS, MOST_ACCUMULATORS, ROWS, deep_of
 from .roles import Roles, added, batches, by_step, image_and_other, nearest, possible, roles_of, sides
 from .schedule import apply, fused_name, rewritten
@@ -235,11 +235,10 @@ def _are_all_inside(steps: Mapping[str, int], sides: Sequence[Side], axes: Itera
 
 def _steps_outside(nest: Nest, batch: int, sides: Sequence[Side], tile: Tile) -> dict[str, int]:
     """How many steps each axis, flattened or not, has outside of a program with these sides and a tile."""
-    own = {fused_name(axes): (axes, count) for axes, count in sides}
     parts = {a for axes, _ in sides for a in axes}
     inside = phases(nest)
     inside |= {axis: inside.get(axis, 1) * count for axis, count in tile if axis not in parts}
-    return steps_outside(nest, own, inside, batch)
+    return steps_outside(nest, named(sides), inside, batch)
 
 
 def _workers(nest: Nest, form: Form) -> list[tuple[Tile, Tile]]:
@@ -334,8 +333,9 @@ def _walks(
     for axis in filter(None, (outside, fused_name(place[0]))):
         add(axis, steps[axis])
     if thorough or len(found) == 1:
-        for image in (axis.name for axis in nest.axes if axis.extent is None):
-            add(image, programs // ENOUGH)
+        images = batch_axis(nest)
+        if images:
+            add(images, programs // ENOUGH)
     return found
 
 

@@ -90,7 +90,7 @@ class DepthSums:
 
     def store(self) -> None:
         """Write the results."""
-        program, cluster = self.program, self.nest.cluster
+        program = self.program
         spot = program.spotter.spot(self.nest.output, {})
         assert spot is not None
         loops = [*program.parallel, *(int(own[1:]) for own in program.apart)]
@@ -99,24 +99,35 @@ class DepthSums:
         results = sorted([*results, *places], key=lambda digit: digit.near)
         there = program.where(spot, None, program.shift())
         written = program.test(spot), f"narrow({there}, {program.finished('found', {})});"
-        if cluster > 1:
-            behind = self.slots * self.size
-            program.emit(f"float* const own = all + {behind};")
-            program.shared = max(program.shared, (behind + math.prod(digit.count for digit in results)) * 4)
+        if self.nest.cluster > 1:
+            self._store_together(results, begin, added, written)
+            return
         with self._each(results, begin, "thread", program.threads):
             self._find(added)
-            if cluster > 1:
-                program.emit("own[e] = found;")
-            else:
-                program.emit_if(*written)
-        if cluster > 1:
-            program.emit("meet_cluster();")
-            first = f"blockIdx.x % {cluster} * {program.threads} + thread"
-            with self._each(results, begin, first, cluster * program.threads):
-                program.emit("float found = 0.0f;", "#pragma unroll", f"for (int i = 0; i < {cluster}; ++i)")
-                program.emit("  found += of_program(i, own + e);")
-                program.emit_if(*written)
-            program.emit("meet_cluster();")  # until then others read what this program has found
+            program.emit_if(*written)
+
+    def _store_together(
+        self,
+        results: Sequence[_Digit],
+        begin: Mapping[str, int],
+        added: Sequence[_Digit],
+        written: tuple[str, str],
+    ) -> None:
+        """Keep what this program has found where others of its cluster read it, and write a part of all."""
+        program, cluster = self.program, self.nest.cluster
+        behind = self.slots * self.size
+        program.emit(f"float* const own = all + {behind};")
+        program.shared = max(program.shared, (behind + math.prod(digit.count for digit in results)) * 4)
+        with self._each(results, begin, "thread", program.threads):
+            self._find(added)
+            program.emit("own[e] = found;")
+        program.emit("meet_cluster();")
+        first = f"blockIdx.x % {cluster} * {program.threads} + thread"
+        with self._each(results, begin, first, cluster * program.threads):
+            program.emit("float found = 0.0f;", "#pragma unroll", f"for (int i = 0; i < {cluster}; ++i)")
+            program.emit("  found += of_program(i, own + e);")
+            program.emit_if(*written)
+        program.emit("meet_cluster();")  # until then others read what this program has found
 
     @contextmanager
     def _each(

@@ -145,8 +145,8 @@ class _SourceLoader(SourceFileLoader):
         return code
 
 
-def ast_source(kernel: Any, types: Sequence[str], early: bool = False) -> Any:
-    """What Triton compiles: the kernel with the types and attributes of its arguments."""
+def ast_source(kernel: Any, types: Sequence[str], early: bool) -> Any:
+    """What Triton compiles: the kernel with types and attributes of its arguments, and whether it waits."""
     attributes = {(i,): ALIGNED for i, name in enumerate(types) if name.startswith("*")}
     signature = dict(zip(kernel.arg_names, (*types, "constexpr")))
     return triton.compiler.ASTSource(kernel, signature, {"early": early}, attributes)
